@@ -1,0 +1,74 @@
+"""Names of leaves, and reductions that leave a sharded array where it is."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnsanity._types import Array, PyTree
+
+
+def leaf_names(tree: PyTree) -> tuple[str, ...]:
+    """Names the leaves of a tree by their paths, in leaf order.
+
+    The name is the path that a checkpoint would use, without a leading ``params/`` and
+    without the ``/value`` that NNX variables end in.
+
+    Args:
+        tree: any pytree; ``None`` has no leaves.
+
+    Returns:
+        One name for each leaf.  A tree that is itself a leaf is called ``params``.
+
+    Example:
+        >>> leaf_names({"params": {"Dense_0": {"kernel": 1.0, "bias": 0.0}}})
+        ('Dense_0/bias', 'Dense_0/kernel')
+    """
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return tuple(_path_name(path) for path, _ in paths)
+
+
+def _path_name(path: tuple) -> str:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    name = name.removeprefix("params/").removesuffix("/value")
+    return name or "params"
+
+
+def is_inexact(leaf: PyTree) -> bool:
+    """Tells whether a leaf is an array of floating-point or complex numbers."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return isinstance(leaf, float | complex)
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def inexact_leaves(tree: PyTree) -> list[Array]:
+    """Returns the floating-point leaves, in leaf order."""
+    return [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
+
+
+def accumulation_dtype(*arrays: Array) -> np.dtype:
+    """Returns float32, or float64 where an array has it."""
+    return jnp.promote_types(jnp.float32, jnp.result_type(*arrays))
+
+
+def in_float32(array: Array) -> Array:
+    """Casts to float32 for a reduction; float64 stays."""
+    array = jnp.asarray(array)
+    return array.astype(accumulation_dtype(array))
+
+
+def num_examples(tree: PyTree) -> int:
+    """Returns the length of the leading axis of the first leaf."""
+    return int(np.shape(jax.tree.leaves(tree)[0])[0])
+
+
+def take_examples(tree: PyTree, rows: Array | slice) -> PyTree:
+    """Selects rows of the leading axis of every leaf."""
+    return jax.tree.map(lambda leaf: leaf[rows], tree)
+
+
+def num_elements(array: Array) -> int:
+    """Returns the number of elements, exactly."""
+    return math.prod(np.shape(array))

@@ -1,0 +1,100 @@
+"""What a diagnosis is made of: findings, their severities and their words."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+ITEMS = {
+    1: "normalization",
+    2: "results",
+    3: "preprocessing",
+    4: "regularization",
+    5: "batch size",
+    6: "learning rate",
+    7: "final activation",
+    8: "gradients",
+    9: "initialization",
+    10: "depth",
+    11: "width",
+}
+"""The checklist of Daniel Holden, "My neural network isn't working! What should I
+do?", in its order."""
+
+SEVERITIES = ("error", "warning", "info")
+
+
+class Finding(NamedTuple):
+    """One thing that a check has to say.
+
+    Attributes:
+        rule: ``"item-slug/rule-slug"``, stable for ever.
+        item: number in the checklist, 1 to 11.
+        severity: ``"error"`` stops training, ``"warning"`` hurts and was shown to,
+            ``"info"`` is worth knowing.
+        where: layer or parameter path, feature index, or ``file.py:41 (function)``.
+        measured: the number that was seen.
+        limit: the threshold that was applied to it.
+        message: what was seen, with the numbers.
+        advice: what to do, first thing first.
+    """
+
+    rule: str
+    item: int
+    severity: str
+    where: str
+    measured: float
+    limit: float
+    message: str
+    advice: str
+
+
+class DiagnosisError(RuntimeError):
+    """Raised by ``Report.raise_for``; ``findings`` holds what was found.
+
+    Attributes:
+        findings: the findings that are severe enough, in the order of the report.
+    """
+
+    def __init__(self, findings: Iterable[Finding]) -> None:
+        self.findings = tuple(findings)
+        lines = [f"{one.rule} at {one.where}: {one.message}" for one in self.findings]
+        super().__init__("\n".join(lines))
+
+
+def at_least(findings: Iterable[Finding], severity: str) -> tuple[Finding, ...]:
+    """Returns the findings that are at least as severe.
+
+    Raises:
+        ValueError: if the severity is not one of ``SEVERITIES``.
+    """
+    if severity not in SEVERITIES:
+        raise ValueError(f"severity must be one of {SEVERITIES}, got {severity!r}")
+    allowed = SEVERITIES[: SEVERITIES.index(severity) + 1]
+    return tuple(finding for finding in findings if finding.severity in allowed)
+
+
+def number(value: float) -> str:
+    """Writes a number with three significant digits, as findings do.
+
+    Example:
+        >>> number(0.123456), number(12345.0), number(1e-9)
+        ('0.123', '12,300', '1e-09')
+    """
+    if value != value or value in (float("inf"), float("-inf")):
+        return str(value)
+    if abs(value) >= 1e6 or 0 < abs(value) < 1e-4:
+        return f"{value:.3g}"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:g}"
+
+
+def listed(names: Iterable[str], *, limit: int = 4) -> str:
+    """Writes a few names and how many more there are.
+
+    Example:
+        >>> listed(["a", "b", "c"], limit=2)
+        'a, b and 1 more'
+    """
+    names = list(names)
+    if len(names) <= limit:
+        return ", ".join(names)
+    return f"{', '.join(names[:limit])} and {len(names) - limit} more"

@@ -1,0 +1,113 @@
+"""Which operand of a contraction is the weight, its fans, and where its units lie."""
+
+import math
+from typing import NamedTuple
+
+from nnsanity.tracing.compat import Equation
+from nnsanity.tracing.steps import Step, Steps
+
+
+class Geometry(NamedTuple):
+    """A contraction or look-up of a parameter.
+
+    Attributes:
+        kind: ``"dense"``, ``"conv"`` or ``"embedding"``.
+        weight: number of the value made from parameters.
+        operand: number of the value that meets it.
+        fan_in: terms in each sum.
+        fan_out: outputs that each input takes part in.
+        units: output units, or channels.
+        axes: which axes of the result are units.
+    """
+
+    kind: str
+    weight: int
+    operand: int
+    fan_in: int
+    fan_out: int
+    units: int
+    axes: tuple[int, ...]
+
+
+def weight_geometry(steps: Steps, step: Step) -> Geometry | None:
+    """Describes a contraction of a parameter with data; None for any other step."""
+    rule = _RULES.get(step.eqn.primitive.name)
+    if rule is None or len(step.inputs) < 2:
+        return None
+    first, second = step.inputs[:2]
+    for position, weight, operand in ((1, second, first), (0, first, second)):
+        is_met_by_data = operand is not None and steps.data[operand]
+        if weight is not None and steps.is_weight(weight) and is_met_by_data:
+            return rule(steps, step.eqn, position, weight, operand)
+    return None
+
+
+def _dense(
+    steps: Steps, eqn: Equation, position: int, weight: int, operand: int
+) -> Geometry:
+    contracted, batch = eqn.params["dimension_numbers"]
+    shape = steps.avals[weight].shape
+    other = steps.avals[operand].shape
+    fan_in = math.prod(shape[axis] for axis in contracted[position])
+    used = {*contracted[position], *batch[position]}
+    free = [size for axis, size in enumerate(shape) if axis not in used]
+    num_batch = len(batch[position])
+    num_other = len(other) - len(contracted[1 - position]) - num_batch
+    first = num_batch + (num_other if position == 1 else 0)
+    axes = (*range(num_batch), *range(first, first + len(free)))
+    units = math.prod(free) * math.prod(shape[axis] for axis in batch[position])
+    return Geometry("dense", weight, operand, fan_in, math.prod(free), units, axes)
+
+
+def _conv(
+    steps: Steps, eqn: Equation, position: int, weight: int, operand: int
+) -> Geometry | None:
+    if position == 0:
+        return None
+    numbers = eqn.params["dimension_numbers"]
+    shape = steps.avals[weight].shape
+    units, per_group, *window = (shape[axis] for axis in numbers.rhs_spec)
+    size = math.prod(window)
+    fan_out = units * size // eqn.params["feature_group_count"]
+    axes = (numbers.out_spec[1],)
+    return Geometry("conv", weight, operand, per_group * size, fan_out, units, axes)
+
+
+def _embedding(
+    steps: Steps, eqn: Equation, position: int, weight: int, operand: int
+) -> Geometry | None:
+    shape = steps.avals[weight].shape
+    if position == 1 or len(shape) < 2:
+        return None
+    axes = tuple(eqn.params["dimension_numbers"].offset_dims)
+    result = eqn.outvars[0].aval.shape
+    units = math.prod(result[axis] for axis in axes)
+    return Geometry("embedding", weight, operand, 1, units, units, axes)
+
+
+_RULES = {"dot_general": _dense, "conv_general_dilated": _conv, "gather": _embedding}
+
+
+def moved_axes(eqn: Equation, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Follows axes through an operation that only moves numbers; None if they split."""
+    old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    name = eqn.primitive.name
+    if name == "transpose":
+        permutation = eqn.params["permutation"]
+        return tuple(permutation.index(axis) for axis in axes)
+    if name == "broadcast_in_dim":
+        return tuple(eqn.params["broadcast_dimensions"][axis] for axis in axes)
+    if old == new:
+        return axes
+    return _through_reshape(old, new, axes)
+
+
+def _through_reshape(
+    old: tuple[int, ...], new: tuple[int, ...], axes: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Finds each axis again as one with equal size and equal number before it."""
+    starts = {
+        (math.prod(new[:axis]), size): axis for axis, size in reversed([*enumerate(new)])
+    }
+    found = tuple(starts.get((math.prod(old[:axis]), old[axis])) for axis in axes)
+    return None if None in found else tuple(axis for axis in found if axis is not None)

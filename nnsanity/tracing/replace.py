@@ -1,0 +1,137 @@
+"""Puts other values in the place of a layer's, without a change to the model."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+
+from nnsanity._types import Array, Params, PyTree
+from nnsanity.tracing.layers import Located, Network, inspect
+from nnsanity.tracing.steps import Site
+from nnsanity.tracing.tap import Taps, evaluate
+
+
+class LayerValues(NamedTuple):
+    """The values around one layer's nonlinearity.
+
+    Attributes:
+        entering: what the layer's weight meets; None where that is an argument.
+        before: what enters the nonlinearity.
+        after: what leaves it; equal to ``before`` where there is none.
+    """
+
+    entering: Array | None
+    before: Array
+    after: Array
+
+
+class Replacement(NamedTuple):
+    """Another value in the place of a layer's output.
+
+    Attributes:
+        combine: makes the new output from the layer's values.
+        guard: makes the number that the old nonlinearity gets to see, so that what it
+            would overflow on can't reach the gradient of a copy that leaves it out.
+    """
+
+    combine: Callable[[LayerValues], Array]
+    guard: Callable[[Array], Array] = lambda before: before
+
+
+def replaced(
+    fn: Callable,
+    blueprint: Network,
+    replacements: Mapping[str, Replacement],
+    *,
+    penalty_scale: Array | float = 1.0,
+) -> Callable:
+    """Returns a function that runs ``fn`` with other values at some layers.
+
+    Args:
+        fn: any function of parameters first, as ``apply_fn`` or ``loss_fn``.
+        blueprint: the network alone, which says where each layer ends; inside of a
+            loss, what follows the last layer would be taken for a part of it.
+        replacements: what to put at which layer, by name.  Layers that ``fn`` does
+            not have are passed over.
+        penalty_scale: factor of every scalar made from parameters alone that is added
+            to the result; 0 leaves out an L2 penalty inside of the loss.
+    """
+
+    def run(params: Params, *rest: PyTree) -> PyTree:
+        network = inspect(fn, params, *rest)
+        write: dict[Site, Callable[[Array], Array]] = {}
+        for located, stages in matched(network, blueprint):
+            replacement = replacements.get(located.layer.name)
+            if replacement is not None:
+                located = located._replace(stages=stages)
+                _add_writes(write, network, located, replacement)
+        for value in penalties(network):
+            write[network.site(value)] = lambda penalty: penalty * penalty_scale
+        leaves = jax.tree.leaves((params, *rest))
+        outputs, _ = evaluate(network.program, leaves, Taps(write=write))
+        return jax.tree.unflatten(jax.tree.structure(network.program.out_shape), outputs)
+
+    return run
+
+
+def matched(network: Network, blueprint: Network) -> Iterator[tuple[Located, tuple]]:
+    """Yields the layers of a program that stand in the blueprint, with their stages."""
+    planned = {located.layer.name: located for located in blueprint.layers}
+    for located in network.layers:
+        plan = planned.get(located.layer.name)
+        if plan is None:
+            continue
+        stages = located.stages[: len(plan.stages)]
+        if [stage.kind for stage in stages] == [stage.kind for stage in plan.stages]:
+            yield located._replace(activation=plan.activation), stages
+
+
+def penalties(network: Network) -> list[int]:
+    """Finds the scalars that are made from parameters alone and added to the rest."""
+    steps, found = network.steps, []
+    for step in steps.steps:
+        if step.eqn.primitive.name not in ("add", "add_any") or len(step.inputs) != 2:
+            continue
+        for one, other in (step.inputs, step.inputs[::-1]):
+            meets_data = other is not None and steps.data[other]
+            if steps.is_weight(one) and meets_data and steps.avals[one].shape == ():
+                if steps.sites[one] is not None and not steps.avals[other].shape:
+                    found.append(one)
+    return found
+
+
+def _add_writes(
+    write: dict[Site, Callable[[Array], Array]],
+    network: Network,
+    located: Located,
+    replacement: Replacement,
+) -> None:
+    values: dict[str, Array] = {}
+    entering = network.steps.sites[located.operand]
+    if entering is not None:
+        _chain(write, entering, lambda value: values.setdefault("entering", value))
+
+    def keep_before(before: Array) -> Array:
+        values["before"] = before
+        return replacement.guard(before)
+
+    def combine(after: Array) -> Array:
+        before = values.get("before", after)
+        return replacement.combine(LayerValues(values.get("entering"), before, after))
+
+    if located.activation is not None:
+        _chain(write, network.site(located.before), keep_before)
+    _chain(write, network.site(located.after), combine)
+
+
+def _chain(
+    write: dict[Site, Callable[[Array], Array]],
+    site: Site,
+    function: Callable[[Array], Array],
+) -> None:
+    """Adds a function at a place, after those that are there."""
+    earlier = write.get(site)
+    if earlier is None:
+        write[site] = function
+    else:
+        write[site] = lambda value: function(earlier(value))

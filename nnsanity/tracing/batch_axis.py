@@ -1,6 +1,7 @@
 """Where outputs meet targets across different axes of the batch."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from itertools import permutations
 from math import prod
 from typing import Any, NamedTuple
@@ -9,44 +10,35 @@ import jax
 
 from nnsanity._types import LossFn, Params, PyTree
 from nnsanity.tracing import compat
-from nnsanity.tracing.reach import Frame, place
-
-NONE: frozenset = frozenset()
+from nnsanity.tracing.reach import Frame, body_of, carried, place
 
 
 class Label(NamedTuple):
     """What is known of a value.
 
     Attributes:
-        inputs: its axes along which the examples of the inputs lie.
-        targets: its axes along which the examples of the targets lie.
-        added: its axes that the program put in beside the others.
+        axes: pairs of a kind and an axis.  Along an axis of kind "inputs" or "targets"
+            lie their examples; one of kind "added" was put in beside the others.
         sources: which of "params", "inputs" and "targets" it is computed from.
     """
 
-    inputs: frozenset[int] = NONE
-    targets: frozenset[int] = NONE
-    added: frozenset[int] = NONE
-    sources: frozenset[str] = NONE
+    axes: frozenset[tuple[str, int]] = frozenset()
+    sources: frozenset[str] = frozenset()
+
+    def of(self, kind: str) -> frozenset[int]:
+        """Returns the axes of one kind."""
+        return frozenset(axis for one, axis in self.axes if one == kind)
 
 
-class Found(NamedTuple):
-    """What the walk through a program met.
+Found = dict[str, bool]
+"""Source line where outputs meet targets -> whether it is a matrix product, every
+example with every other, which nobody writes by accident."""
 
-    Attributes:
-        places: source lines of accidental meetings, as keys in order.
-        pairings: source lines of matrix products of outputs with targets, every example
-            with every other, which nobody writes by accident.
-    """
-
-    places: dict[str, None]
-    pairings: dict[str, None]
-
-
-AxisMap = Mapping[int, int]
+AxisMap = dict[int, int]
 """Axis of an operand -> axis of the result; axes that are left out lose their label."""
 
 Rule = Callable[[compat.Equation], list[AxisMap]]
+"""One map for each operand; those that are left out at the end are empty."""
 
 
 def meets_across_batch(
@@ -55,11 +47,10 @@ def meets_across_batch(
     """Finds where a loss compares every output with the targets of all examples.
 
     Outputs of shape ``[N]`` minus targets of shape ``[N, 1]`` make ``[N, N]``: the loss
-    falls a little, to that of the mean of the targets, and nothing says why.  The batch
-    axis is followed as a label, so that equal lengths of unlike axes do no harm.
-    Silent where both sides come from the inputs (attention, contrastive losses), where
-    one side already carries the examples of the other along that axis (masks and
-    weights over pairs), where outputs and targets are vectors that are paired on
+    falls to that of the mean of the targets, and nothing says why.  The batch axis is
+    followed as a label; lengths are not compared.  Silent where both sides come from
+    the inputs (attention), where one side already has the examples of the other along
+    that axis (masks of pairs), where vectors or a matrix product pair the two on
     purpose (distances between samples), and where the label is lost.
 
     Reads the program, in time linear in its size; no arithmetic, and shapes suffice.
@@ -93,20 +84,17 @@ def meets_across_batch(
             f"{type(batch).__name__}"
         )
     program = compat.trace(loss_fn, params, batch)
-    labels = [
-        Label(sources=frozenset({"params"})) for _ in jax.tree.leaves(params)
-    ]
-    found = Found({}, {})
+    labels = [Label(sources=frozenset({"params"})) for _ in jax.tree.leaves(params)]
     for source, part in zip(("inputs", "targets"), batch, strict=True):
         labels += [_example_axis(source, leaf) for leaf in jax.tree.leaves(part)]
+    found: Found = {}
     _follow(program.jaxpr, labels, Frame(), found)
-    return () if found.pairings else tuple(found.places)
+    return () if any(found.values()) else tuple(found)
 
 
 def _example_axis(source: str, leaf: Any) -> Label:
-    label = Label(sources=frozenset({source}))
-    first = frozenset({0}) if jax.numpy.ndim(leaf) else NONE
-    return label._replace(**{source: first})
+    axes = frozenset({(source, 0)} if jax.numpy.ndim(leaf) else ())
+    return Label(axes, frozenset({source}))
 
 
 def _follow(
@@ -114,12 +102,23 @@ def _follow(
 ) -> list[Label]:
     """Carries the labels of the inputs to the outputs."""
     known: dict[Any, Label] = dict(zip(jaxpr.invars, labels, strict=True))
-    for eqn in jaxpr.eqns:
+    for eqn in _used(jaxpr):
         operands = [_label_of(atom, known) for atom in eqn.invars]
         step = CALLS.get(eqn.primitive.name, _apply)
         results = step(eqn, operands, frame, found)
         known.update(zip(eqn.outvars, results, strict=True))
     return [_label_of(atom, known) for atom in jaxpr.outvars]
+
+
+def _used(jaxpr: compat.Jaxpr) -> list[compat.Equation]:
+    """Returns the equations that the outputs need; a metric beside them is no loss."""
+    needed = {atom for atom in jaxpr.outvars if not compat.is_literal(atom)}
+    used = []
+    for eqn in reversed(jaxpr.eqns):
+        if not needed.isdisjoint(eqn.outvars):
+            used.append(eqn)
+            needed |= {atom for atom in eqn.invars if not compat.is_literal(atom)}
+    return used[::-1]
 
 
 def _label_of(atom: compat.Atom, known: Mapping[Any, Label]) -> Label:
@@ -132,8 +131,9 @@ def _apply(
     """Any operation that runs no program of its own."""
     rule = RULES.get(eqn.primitive.name)
     if rule is None:
-        return _lost(eqn, operands, frame, found)
+        return _lost(eqn, operands)
     maps = rule(eqn)
+    maps += [{}] * (len(operands) - len(maps))
     results = []
     for var in eqn.outvars:
         moved = [
@@ -141,106 +141,84 @@ def _apply(
             for label, axes, atom in zip(operands, maps, eqn.invars, strict=True)
         ]
         _note_meeting(eqn, moved, frame, found)
-        results.append(_union(moved, _added(eqn, moved, maps)))
+        axes = frozenset().union(*(label.axes for label in moved))
+        kept = frozenset(one for one in axes if one[0] != "added")
+        results.append(Label(kept | _added(eqn, moved, maps), _sources(moved)))
     return results
 
 
-def _lost(
-    eqn: compat.Equation, operands: Sequence[Label], frame: Frame, found: Found
-) -> list[Label]:
-    del frame, found
+def _lost(eqn: compat.Equation, operands: Sequence[Label]) -> list[Label]:
     return [Label(sources=_sources(operands))] * len(eqn.outvars)
 
 
 def _sources(labels: Sequence[Label]) -> frozenset[str]:
-    return NONE.union(*(label.sources for label in labels))
+    return frozenset().union(*(label.sources for label in labels))
 
 
 def _moved(
     label: Label, axes: AxisMap, before: Sequence[int], after: Sequence[int]
 ) -> Label:
     """Renames the axes; one that changes its length no longer holds the batch."""
-    kept = {a: b for a, b in axes.items() if b < len(after) and before[a] == after[b]}
-    return Label(
-        frozenset(kept[axis] for axis in label.inputs if axis in kept),
-        frozenset(kept[axis] for axis in label.targets if axis in kept),
-        frozenset(axes[axis] for axis in label.added if axis in axes),
-        label.sources,
+    kept = frozenset(
+        (kind, axes[axis])
+        for kind, axis in label.axes
+        if axis in axes and (kind == "added" or before[axis] == after[axes[axis]])
     )
-
-
-def _union(labels: Sequence[Label], added: frozenset[int]) -> Label:
-    return Label(
-        NONE.union(*(label.inputs for label in labels)),
-        NONE.union(*(label.targets for label in labels)),
-        added,
-        _sources(labels),
-    )
+    return Label(kept, label.sources)
 
 
 def _added(
     eqn: compat.Equation, moved: Sequence[Label], maps: Sequence[AxisMap]
-) -> frozenset[int]:
+) -> frozenset[tuple[str, int]]:
     """Axes that were put in, now or before, in every operand that has axes."""
-    whole = [
-        label.added
-        for label, atom in zip(moved, eqn.invars, strict=True)
-        if atom.aval.shape
-    ]
-    before = frozenset.intersection(*whole) if whole else NONE
-    if eqn.primitive.name not in ("broadcast_in_dim", "reshape"):
-        return before
-    rank = len(eqn.outvars[0].aval.shape)
-    return before | (frozenset(range(rank)) - set(maps[0].values()))
+    arrays = zip(moved, eqn.invars, strict=True)
+    whole = [label.of("added") for label, atom in arrays if atom.aval.shape]
+    added = frozenset.intersection(*whole) if whole else frozenset()
+    if eqn.primitive.name in ("broadcast_in_dim", "reshape"):
+        rank = len(eqn.outvars[0].aval.shape)
+        added |= frozenset(range(rank)) - set(maps[0].values())
+    return frozenset(("added", axis) for axis in added)
 
 
 def _note_meeting(
     eqn: compat.Equation, operands: Sequence[Label], frame: Frame, found: Found
 ) -> None:
-    name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
-    if name not in ELEMENTWISE and name != "dot_general":
+    product, shape = eqn.primitive.name == "dot_general", eqn.outvars[0].aval.shape
+    if not product and eqn.primitive.name not in ELEMENTWISE:
         return
-    if any(_cross(one, other) for one, other in permutations(operands, 2)):
-        if name == "dot_general":
-            found.pairings[place(eqn, frame)] = None
-        elif not any(_paired(*two, shape) for two in permutations(operands, 2)):
-            found.places[place(eqn, frame)] = None
+    pairs = [two for two in permutations(operands, 2) if _cross(*two)]
+    if any(product or not _paired(*two, shape) for two in pairs):
+        found[place(eqn, frame)] = product
 
 
 def _cross(outputs: Label, targets: Label) -> bool:
     """Tells outputs on one axis of the batch from targets on another one."""
+    along, across = outputs.of("inputs"), targets.of("targets")
     return (
         outputs.sources >= {"params", "inputs"}
-        and "targets" in targets.sources
         and "params" not in targets.sources
-        and len(outputs.inputs) == len(targets.targets) == 1
-        and not targets.targets & (outputs.inputs | outputs.targets)
-        and not outputs.inputs & targets.inputs
+        and len(along) == len(across) == 1
+        and not across & (along | outputs.of("targets"))
+        and not along & targets.of("inputs")
     )
 
 
-def _paired(one: Label, other: Label, shape: Sequence[int]) -> bool:
+def _paired(outputs: Label, targets: Label, shape: Sequence[int]) -> bool:
     """Tells vectors that both made room for each other: ``x[:, None] - y[None]``."""
-    if not _cross(one, other):
-        return False
-    across = one.inputs | other.targets
-    vectors = any(size > 1 for axis, size in enumerate(shape) if axis not in across)
-    return vectors and one.added >= other.targets and other.added >= one.inputs
+    along, across = outputs.of("inputs"), targets.of("targets")
+    vectors = any(
+        size > 1 for axis, size in enumerate(shape) if axis not in along | across
+    )
+    return vectors and outputs.of("added") >= across and targets.of("added") >= along
 
 
 def _call(
     eqn: compat.Equation, operands: Sequence[Label], frame: Frame, found: Found
 ) -> list[Label]:
-    bodies = [compat.opened(sub)[0] for sub in compat.sub_jaxprs(eqn)]
-    fits = [
-        body
-        for body in bodies
-        if len(body.invars) == len(eqn.invars)
-        and len(body.outvars) == len(eqn.outvars)
-    ]
-    if len(fits) != 1:
-        return _lost(eqn, operands, frame, found)
-    return _follow(fits[0], operands, Frame(fits[0], eqn, frame), found)
+    body = body_of(eqn)
+    if body is None:
+        return _lost(eqn, operands)
+    return _follow(body, operands, Frame(body, eqn, frame), found)
 
 
 def _scan(
@@ -248,40 +226,31 @@ def _scan(
 ) -> list[Label]:
     """Keeps on the carry what every step keeps."""
     body, _ = compat.opened(eqn.params["jaxpr"])
-    first = eqn.params["num_consts"]
-    last = first + eqn.params["num_carry"]
+    first, last = carried(eqn, body)
     consts, carry = operands[:first], list(operands[first:last])
-    inner = Frame(body, eqn, frame)
     xs = [_shifted(label, -1) for label in operands[last:]]
     while True:
-        trial = Found({}, {})
-        results = _follow(body, [*consts, *carry, *xs], inner, trial)
+        trial: Found = {}
+        results = _follow(body, [*consts, *carry, *xs], Frame(body, eqn, frame), trial)
         less = list(map(_meet, carry, results[: last - first]))
         if less == carry:
             break
         carry = less
-    found.places.update(trial.places)
-    found.pairings.update(trial.pairings)
+    found.update(trial)
     return [*carry, *(_shifted(label, 1) for label in results[last - first :])]
 
 
 def _shifted(label: Label, by: int) -> Label:
     """Drops the leading axis, or puts one in front."""
-    parts = (label.inputs, label.targets, label.added)
-    return Label(
-        *(frozenset(axis + by for axis in part if axis + by >= 0) for part in parts),
-        label.sources,
-    )
+    axes = ((kind, axis + by) for kind, axis in label.axes)
+    return label._replace(axes=frozenset(one for one in axes if one[1] >= 0))
 
 
 def _meet(one: Label, other: Label) -> Label:
-    """What is true of both, computed from the sources of either."""
-    return Label(
-        one.inputs & other.inputs,
-        one.targets & other.targets,
-        one.added & other.added,
-        one.sources | other.sources,
-    )
+    """What is true of both; constants, such as a first state of zeros, fit anything."""
+    if not one.sources or not other.sources:
+        return one if one.sources else other
+    return Label(one.axes & other.axes, one.sources | other.sources)
 
 
 def _cond(
@@ -292,7 +261,140 @@ def _cond(
     for branch in eqn.params["branches"]:
         body, _ = compat.opened(branch)
         results.append(_follow(body, others, Frame(body, eqn, frame), found))
-    return [
-        functools_reduce_meet(labels, index.sources)
-        for labels in zip(*results, strict=True)
-    ]
+    chosen = [reduce(_meet, labels) for labels in zip(*results, strict=True)]
+    return [one._replace(sources=one.sources | index.sources) for one in chosen]
+
+
+CALLS = {
+    **dict.fromkeys({*compat.CALLS, "custom_vmap_call", "shard_map"}, _call),
+    "scan": _scan,
+    "cond": _cond,
+}
+"""Operations that run a program of their own."""
+
+
+def _same(eqn: compat.Equation) -> list[AxisMap]:
+    """Axes stay; a scalar beside an array has none."""
+    rank = len(eqn.outvars[0].aval.shape)
+    axes = {axis: axis for axis in range(rank)}
+    return [axes if len(atom.aval.shape) == rank else {} for atom in eqn.invars]
+
+
+def _same_but(eqn: compat.Equation) -> list[AxisMap]:
+    """Axes stay but for those that the equation works along."""
+    named = _named(eqn)
+    return [{a: b for a, b in axes.items() if a not in named} for axes in _same(eqn)]
+
+
+def _without(eqn: compat.Equation) -> list[AxisMap]:
+    """The axes that the equation names are gone, the others close up."""
+    rank, named = len(eqn.invars[0].aval.shape), _named(eqn)
+    kept = [axis for axis in range(rank) if axis not in named]
+    axes = {axis: at for at, axis in enumerate(kept)}
+    return [axes if len(atom.aval.shape) == rank else {} for atom in eqn.invars]
+
+
+def _named(eqn: compat.Equation) -> set[int]:
+    names = ("axes", "axis", "dimensions", "dimension")
+    last = len(eqn.invars[0].aval.shape) - 1
+    named = next((eqn.params[name] for name in names if name in eqn.params), last)
+    return set(named) if isinstance(named, tuple | list) else {named}
+
+
+def _first_only(eqn: compat.Equation) -> list[AxisMap]:
+    """The first operand keeps its axes; indices, fillers and updates say nothing."""
+    return _same(eqn)[:1]
+
+
+def _broadcast(eqn: compat.Equation) -> list[AxisMap]:
+    return [dict(enumerate(eqn.params["broadcast_dimensions"]))]
+
+
+def _stack(eqn: compat.Equation) -> list[AxisMap]:
+    axes, new = range(len(eqn.invars[0].aval.shape)), eqn.params["axis"]
+    return [{axis: axis + (axis >= new) for axis in axes} for _ in eqn.invars]
+
+
+def _transpose(eqn: compat.Equation) -> list[AxisMap]:
+    return [{axis: at for at, axis in enumerate(eqn.params["permutation"])}]
+
+
+def _reshape(eqn: compat.Equation) -> list[AxisMap]:
+    """An axis stays where it has the same length and as much before it."""
+    before, after = _strides(eqn.invars[0]), _strides(eqn.outvars[0])
+    return [{axis: after[key] for key, axis in before.items() if key in after}]
+
+
+def _strides(atom: compat.Atom) -> dict[tuple[int, int], int]:
+    shape = atom.aval.shape
+    return {
+        (prod(shape[:axis]), size): axis for axis, size in enumerate(shape) if size > 1
+    }
+
+
+def _dot(eqn: compat.Equation) -> list[AxisMap]:
+    contracted, batched = eqn.params["dimension_numbers"]
+    maps: list[AxisMap] = []
+    offset = len(batched[0])
+    for atom, summed, shared in zip(eqn.invars, contracted, batched, strict=False):
+        rank = len(atom.aval.shape)
+        free = [axis for axis in range(rank) if axis not in {*summed, *shared}]
+        maps.append({axis: at for at, axis in enumerate(shared)})
+        maps[-1] |= {axis: offset + at for at, axis in enumerate(free)}
+        offset += len(free)
+    return maps
+
+
+def _conv(eqn: compat.Equation) -> list[AxisMap]:
+    numbers = eqn.params["dimension_numbers"]
+    return [{numbers.lhs_spec[0]: numbers.out_spec[0]}]
+
+
+def _gather(eqn: compat.Equation) -> list[AxisMap]:
+    numbers = eqn.params["dimension_numbers"]
+    before, after = (range(len(x.aval.shape)) for x in (eqn.invars[0], *eqn.outvars))
+    looked_up = [axis for axis in after if axis not in numbers.offset_dims]
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    kept = [axis for axis in before if axis not in gone]
+    batching = zip(
+        numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
+    )
+    from_operand = dict(zip(kept, numbers.offset_dims, strict=True))
+    from_operand |= {axis: looked_up[at] for axis, at in batching}
+    return [from_operand, dict(enumerate(looked_up))]
+
+
+ELEMENTWISE = frozenset(
+    {
+        *("abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan"),
+        *("atan2", "atanh", "cbrt", "ceil", "clamp", "convert_element_type", "copy"),
+        *("cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp"),
+        *("exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le"),
+        *("lgamma", "log", "log1p", "log2", "logistic", "lt", "max", "min", "mul"),
+        *("name", "ne", "neg", "not", "one_minus_square", "or", "pow", "pvary", "real"),
+        *("reduce_precision", "rem", "reshard", "round", "rsqrt", "select_n", "sign"),
+        *("sharding_constraint", "sin", "sinh", "sqrt", "square", "stop_gradient"),
+        *("sub", "tan", "tanh", "xor"),
+    }
+)
+"""Operations on one element of every operand at a time."""
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(ELEMENTWISE, _same),
+    **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce"), _without),
+    **dict.fromkeys(("reduce_prod", "reduce_or", "argmax", "argmin"), _without),
+    **dict.fromkeys(("squeeze", "unstack"), _without),
+    **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "sort"), _same_but),
+    **dict.fromkeys(("rev", "top_k", "split", "concatenate"), _same_but),
+    **dict.fromkeys(("slice", "dynamic_slice", "dynamic_update_slice"), _first_only),
+    **dict.fromkeys(("pad", "tile", "scatter", "scatter-add"), _first_only),
+    **dict.fromkeys(("reduce_window_sum", "reduce_window_max"), _first_only),
+    "broadcast_in_dim": _broadcast,
+    "stack": _stack,
+    "reshape": _reshape,
+    "transpose": _transpose,
+    "dot_general": _dot,
+    "conv_general_dilated": _conv,
+    "gather": _gather,
+}
+"""Where the axes of operands end up; behind any other operation they are not known."""

@@ -269,23 +269,25 @@ def _sort(
 def _call(
     eqn: compat.Equation, outs: Sequence[Mark], frame: Frame, cuts: Cuts
 ) -> list[Mark]:
-    bodies = [compat.opened(sub)[0] for sub in compat.sub_jaxprs(eqn)]
-    fits = [
-        body
-        for body in bodies
-        if len(body.invars) == len(eqn.invars) and len(body.outvars) == len(outs)
-    ]
-    if len(fits) != 1:
+    body = body_of(eqn)
+    if body is None:
         return _through(eqn, outs, frame, cuts)
-    return _sweep(fits[0], outs, Frame(fits[0], eqn, frame), cuts)
+    return _sweep(body, outs, Frame(body, eqn, frame), cuts)
+
+
+def body_of(eqn: compat.Equation) -> compat.Jaxpr | None:
+    """Returns the one jaxpr that takes the operands and gives the outputs."""
+    bodies = [compat.opened(sub)[0] for sub in compat.sub_jaxprs(eqn)]
+    arity = len(eqn.invars), len(eqn.outvars)
+    fits = [one for one in bodies if (len(one.invars), len(one.outvars)) == arity]
+    return fits[0] if len(fits) == 1 else None
 
 
 def _scan(
     eqn: compat.Equation, outs: Sequence[Mark], frame: Frame, cuts: Cuts
 ) -> list[Mark]:
     body, _ = compat.opened(eqn.params["jaxpr"])
-    first = eqn.params["num_consts"]
-    last = first + eqn.params["num_carry"]
+    first, last = carried(eqn, body)
     carry, ys = list(outs[: last - first]), outs[last - first :]
     while True:
         marks = _sweep(body, [*carry, *ys], Frame(body, eqn, frame), cuts)
@@ -293,6 +295,21 @@ def _scan(
         if more == carry:
             return marks
         carry = more
+
+
+def carried(eqn: compat.Equation, body: compat.Jaxpr) -> tuple[int, int]:
+    """Returns where the carry begins and ends among the operands of a scan.
+
+    Read from the shapes, since the parameters that say so changed with JAX 0.12: what
+    is scanned over or stacked has one axis more outside of the body.
+    """
+    around = zip((eqn.invars, eqn.outvars), (body.invars, body.outvars), strict=True)
+    num_xs, num_ys = (
+        sum(a.aval.shape != b.aval.shape for a, b in zip(out, inn, strict=True))
+        for out, inn in around
+    )
+    last = len(eqn.invars) - num_xs
+    return last - (len(eqn.outvars) - num_ys), last
 
 
 def _while(

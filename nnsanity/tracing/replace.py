@@ -7,7 +7,7 @@ import jax
 
 from nnsanity._types import Array, Params, PyTree
 from nnsanity.tracing.layers import Located, Network, inspect
-from nnsanity.tracing.steps import Site
+from nnsanity.tracing.steps import STRUCTURAL, Site
 from nnsanity.tracing.tap import Taps, evaluate
 
 
@@ -135,3 +135,19 @@ def _chain(
         write[site] = function
     else:
         write[site] = lambda value: function(earlier(value))
+
+
+def output_layer(network: Network) -> Located | None:
+    """Finds the layer whose output the network returns, if that is one array."""
+    steps = network.steps
+    if len(steps.outputs) != 1:
+        return None
+    value = steps.outputs[0]
+    makers = {output: step for step in steps.steps for output in step.outputs}
+    by_output = {located.after: located for located in network.layers}
+    while value is not None and value not in by_output:
+        step = makers.get(value)
+        if step is None or step.eqn.primitive.name not in STRUCTURAL:
+            return None
+        value = step.inputs[0]
+    return None if value is None else by_output[value]

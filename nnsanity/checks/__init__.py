@@ -1,0 +1,1 @@
+"""The checklist, one file an item: what is measured, and what it means."""

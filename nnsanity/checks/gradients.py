@@ -1,0 +1,278 @@
+"""Item 8: do gradients arrive, and are they of a sane size?
+
+"A ReLU that is never positive passes nothing back, and whole networks die.  Clipping,
+rounding, max and min have zero gradients too" (D. Holden).
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnsanity._tree import in_float32, inexact_leaves, is_inexact, leaf_names
+from nnsanity._types import ApplyFn, Array, Params, PyTree
+from nnsanity.findings import Finding, listed, number
+from nnsanity.tracing.layers import inspect
+from nnsanity.tracing.tap import Taps, evaluate
+
+DEAD_LIMIT = 0.1
+"""Healthy share of dead units in a layer, over at least 256 examples."""
+DEAD_EXAMPLES = 256
+VANISHING_LIMIT = 1e-3
+"""Healthy mean |gradient| of the first layer in units of the last's (AutoTrainer)."""
+TINY_GRADIENT = 1e-7
+"""Healthy mean |gradient| of a layer (SageMaker Debugger's vanishing-gradient rule)."""
+EXPLODING_LIMIT = 70.0
+"""Healthy largest |gradient| (AutoTrainer's exploding-gradient rule)."""
+
+
+class GradientStats(NamedTuple):
+    """Statistics of the gradient of each parameter, in the order of ``leaf_names``.
+
+    Attributes:
+        norm: float32[leaves].
+        largest: float32[leaves], largest absolute value.
+        zero_fraction: float32[leaves], share of exact zeros; 1 learns nothing.
+        nonfinite_fraction: float32[leaves]; healthy is 0.
+        underflow_fraction: float32[leaves], share of the non-zero values that are
+            subnormal in the leaf's dtype; healthy is near 0.
+    """
+
+    norm: Array
+    largest: Array
+    zero_fraction: Array
+    nonfinite_fraction: Array
+    underflow_fraction: Array
+
+
+def gradient_stats(grads: PyTree) -> GradientStats:
+    """Measures the gradient of every floating-point parameter.
+
+    Costs one read of the gradients.  Sums are in float32 whatever the dtype; a NaN
+    makes norm and largest NaN.  Leaves without elements count as zero.
+
+    Args:
+        grads: any pytree; leaves that are not floating-point are passed over.
+
+    Returns:
+        ``GradientStats``, float32[leaves] each.
+
+    Example:
+        >>> stats = gradient_stats({"w": jnp.array([3.0, 0.0, -4.0, 0.0])})
+        >>> stats.norm, stats.zero_fraction
+        (Array([5.], dtype=float32), Array([0.5], dtype=float32))
+    """
+    leaves = [_leaf_stats(leaf) for leaf in inexact_leaves(grads)]
+    if not leaves:
+        return GradientStats(*(jnp.zeros(0, jnp.float32) for _ in range(5)))
+    return GradientStats(*(jnp.stack(column) for column in zip(*leaves, strict=True)))
+
+
+def _leaf_stats(leaf: Array) -> tuple[Array, ...]:
+    leaf = jnp.asarray(leaf)
+    size = max(math.prod(leaf.shape), 1)
+    magnitude = jnp.abs(in_float32(leaf) if jnp.isrealobj(leaf) else leaf)
+    largest = jnp.max(magnitude, initial=0.0)
+    is_zero = magnitude == 0
+    num_zero = jnp.sum(is_zero)
+    # Scaled by the largest, the squares neither overflow nor vanish.
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    norm = scale * jnp.sqrt(jnp.sum((magnitude / scale) ** 2))
+    is_subnormal = ~is_zero & (magnitude < float(jnp.finfo(leaf.dtype).tiny))
+    nonfinite = jnp.sum(~jnp.isfinite(magnitude)) / size
+    underflow = jnp.sum(is_subnormal) / jnp.maximum(size - num_zero, 1)
+    columns = (norm, largest, num_zero / size, nonfinite, underflow)
+    return tuple(column.astype(jnp.float32) for column in columns)
+
+
+class DeadUnits(NamedTuple):
+    """Units that pass nothing back for any example.
+
+    Attributes:
+        dead: bool[units] for each layer that a thresholding nonlinearity follows.
+        fraction: float32[] for each of these layers; healthy is under 0.1.
+    """
+
+    dead: dict[str, Array]
+    fraction: dict[str, Array]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def dead_units(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> DeadUnits:
+    """Finds units that no example activates.
+
+    Looks at layers that a thresholding nonlinearity follows, by what it does and not by
+    its name: ReLU, ``jnp.maximum(x, 0)``, ReLU6, hard sigmoid, but not GELU or tanh.  A
+    unit is dead where its output stands at a flat end for every example and position.
+    Worry above a tenth of a layer, over a few hundred examples.  Costs one forward pass.
+
+    Args:
+        apply_fn: ``apply_fn(params, inputs) -> outputs``.
+        params: any pytree of arrays.
+        inputs: leading axis the examples.
+
+    Returns:
+        ``DeadUnits``, by layer name.
+
+    Example:
+        >>> params = {"w": jnp.array([[1.0, -1.0]])}
+        >>> apply_fn = lambda params, x: jax.nn.relu(x @ params["w"])
+        >>> dead_units(apply_fn, params, jnp.array([[1.0], [2.0]])).dead
+        {'w': Array([False,  True], dtype=bool)}
+
+    References:
+        Lu et al. (2019), "Dying ReLU and Initialization: Theory and Numerical Examples".
+    """
+    network = inspect(apply_fn, params, inputs)
+    read, names = {}, {}
+    for one in network.layers:
+        if one.activation is None or not one.activation.flat_values:
+            continue
+        site = network.site(one.after)
+        names[site] = one.layer.name
+        read[site] = functools.partial(
+            _is_dead, flat_values=one.activation.flat_values, unit_axes=one.unit_axes
+        )
+    leaves = jax.tree.leaves((params, inputs))
+    _, collected = evaluate(network.program, leaves, Taps(read=read))
+    dead = {names[site]: mask for site, mask in collected.items()}
+    return DeadUnits(
+        dead, {name: jnp.mean(mask, dtype=jnp.float32) for name, mask in dead.items()}
+    )
+
+
+def _is_dead(
+    values: Array, *, flat_values: tuple[float, ...], unit_axes: tuple[int, ...]
+) -> Array:
+    is_flat = functools.reduce(
+        jnp.logical_or, [values == jnp.asarray(flat, values.dtype) for flat in flat_values]
+    )
+    others = tuple(axis for axis in range(values.ndim) if axis not in unit_axes)
+    return jnp.all(is_flat, axis=others).reshape(-1)
+
+
+def judge_gradients(
+    stats: GradientStats, params: Params, weights: Mapping[str, int]
+) -> tuple[Finding, ...]:
+    """Says what is unusual about the gradients of an untrained network.
+
+    Args:
+        stats: as ``gradient_stats`` returns, on one large batch.
+        params: to name the leaves.
+        weights: leaf index of the main weight of each layer, in the order of execution.
+    """
+    host = jax.device_get(stats)
+    inexact = [
+        name
+        for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True)
+        if is_inexact(leaf)
+    ]
+    findings = []
+    bad = host.nonfinite_fraction > 0
+    if bad.any():
+        names = [name for name, one in zip(inexact, bad, strict=True) if one]
+        findings.append(_nonfinite(names, len(inexact)))
+    largest = np.nan_to_num(host.largest, nan=np.inf)
+    if largest.size and not largest.max() <= EXPLODING_LIMIT:
+        findings.append(_exploding(inexact[int(largest.argmax())], largest.max()))
+    if len(weights) > 1:
+        findings += _vanishing(host, params, weights)
+    return tuple(findings)
+
+
+def _nonfinite(names: list[str], num_leaves: int) -> Finding:
+    return Finding(
+        "gradients/nonfinite",
+        8,
+        "error",
+        listed(names),
+        float(len(names)),
+        0.0,
+        f"The gradients of {len(names)} of {num_leaves} parameters are NaN or infinite"
+        " on the untrained network: the first step destroys it.",
+        "Find where the numbers leave float32: exponentials without a bound, divisions"
+        " by zero, square roots and logarithms at zero.",
+    )
+
+
+def _exploding(name: str, largest: float) -> Finding:
+    return Finding(
+        "gradients/exploding",
+        8,
+        "info",
+        name,
+        float(largest),
+        EXPLODING_LIMIT,
+        f"The largest gradient of the untrained network is {number(float(largest))}.",
+        "Normalize inputs and targets, then rescale the weights; a smaller learning rate"
+        " only hides it.",
+    )
+
+
+def _vanishing(
+    host: GradientStats, params: Params, weights: Mapping[str, int]
+) -> list[Finding]:
+    leaves = jax.tree.leaves(params)
+    position = {
+        index: rank
+        for rank, index in enumerate(
+            index for index, leaf in enumerate(leaves) if is_inexact(leaf)
+        )
+    }
+    sizes = {
+        name: float(host.norm[position[leaf]]) / math.sqrt(max(leaves[leaf].size, 1))
+        for name, leaf in weights.items()
+    }
+    (first, first_size), *_, (last, last_size) = sizes.items()
+    ratio = first_size / last_size if last_size > 0 else math.inf
+    if ratio >= VANISHING_LIMIT and first_size >= TINY_GRADIENT:
+        return []
+    if not math.isfinite(ratio) and first_size >= TINY_GRADIENT:
+        return []
+    return [
+        Finding(
+            "gradients/vanishing",
+            8,
+            "info",
+            first,
+            ratio,
+            VANISHING_LIMIT,
+            f"The gradient of {first} is {number(first_size)}, that of {last}"
+            f" {number(last_size)}: what the loss says does not arrive at the first"
+            " layers.",
+            "Use ReLU or a relative of it instead of sigmoid or tanh, add skip"
+            " connections or normalization layers, or take fewer layers.",
+        )
+    ]
+
+
+def judge_dead_units(measured: DeadUnits, num_examples: int) -> tuple[Finding, ...]:
+    """Says which layers have dead units."""
+    host = jax.device_get(measured)
+    findings = []
+    for name, fraction in host.fraction.items():
+        enough = num_examples >= DEAD_EXAMPLES or fraction == 1
+        if enough and not fraction <= DEAD_LIMIT:
+            findings.append(_dead(name, host.dead[name], float(fraction), num_examples))
+    return tuple(findings)
+
+
+def _dead(name: str, mask: np.ndarray, fraction: float, num_examples: int) -> Finding:
+    units = [str(unit) for unit in np.flatnonzero(mask)]
+    return Finding(
+        "gradients/dead-units",
+        8,
+        "info",
+        name,
+        fraction,
+        DEAD_LIMIT,
+        f"{len(units)} of {mask.size} units of {name} are never active on"
+        f" {num_examples} examples (units {listed(units)}): no gradient passes them.",
+        "Start the biases at zero and the weights from"
+        " jax.nn.initializers.he_normal(), normalize the inputs, or use"
+        " jax.nn.leaky_relu.",
+    )

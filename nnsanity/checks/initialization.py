@@ -1,0 +1,227 @@
+"""Item 9: do the weights start at the size that the rest is built around?
+
+""Small random numbers" is not enough: He, LeCun or Glorot" (D. Holden).
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnsanity._tree import in_float32
+from nnsanity._types import ApplyFn, Array, Params, PyTree
+from nnsanity.findings import Finding, number
+from nnsanity.tracing.layers import Located, Network, inspect
+from nnsanity.tracing.tap import Taps, evaluate
+
+GAIN_FACTOR = 2.0
+"""How far a gain may lie off the one that its nonlinearity needs."""
+SIGNAL_FACTOR = 10.0
+"""How far the signal may grow or fade over the whole network (TheDeepChecker)."""
+SYMMETRY_LIMIT = 1e-5
+"""Spread of a layer's units, in units of their size, under which they are equal."""
+RECTIFIERS = ("relu", "relu6", "leaky_relu", "elu", "selu", "gelu", "silu", "softplus")
+
+
+class WeightStats(NamedTuple):
+    """How each layer starts, in the order of execution.
+
+    Attributes:
+        deviation: float32[layers], of the weights about zero.
+        gain: float32[layers], deviation times the root of the fan in; healthy is about
+            1.4 before a rectifier and 1 elsewhere.
+        signal: float32[layers], deviation of what enters the nonlinearity.
+        unit_spread: float32[layers], largest difference between two units for the same
+            example, in units of their size; 0 where all units are one.
+    """
+
+    deviation: Array
+    gain: Array
+    signal: Array
+    unit_spread: Array
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def weight_stats(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> WeightStats:
+    """Measures the weights of each layer and the signal that they make of a batch.
+
+    Costs one forward pass.
+
+    Args:
+        apply_fn: ``apply_fn(params, inputs) -> outputs``.
+        params: any pytree of arrays.
+        inputs: leading axis the examples.
+
+    Returns:
+        ``WeightStats``, in the order of ``layers``.
+
+    Example:
+        >>> params = {"w": jnp.ones((4, 2))}
+        >>> stats = weight_stats(lambda p, x: x @ p["w"], params, jnp.eye(4))
+        >>> stats.gain, stats.unit_spread
+        (Array([2.], dtype=float32), Array([0.], dtype=float32))
+
+    References:
+        Glorot and Bengio (2010); LeCun et al. (1998), section 4.6; He et al. (2015).
+    """
+    network = inspect(apply_fn, params, inputs)
+    read = {
+        network.site(one.before): functools.partial(_signal, one=one)
+        for one in network.layers
+    }
+    leaves = jax.tree.leaves((params, inputs))
+    _, collected = evaluate(network.program, leaves, Taps(read=read))
+    signals = [collected[network.site(one.before)] for one in network.layers]
+    deviations = [_size(leaves[one.weight]) for one in network.layers]
+    if not signals:
+        return WeightStats(*(jnp.zeros(0) for _ in WeightStats._fields))
+    fans = jnp.array([float(one.layer.fan_in) for one in network.layers])
+    deviation = jnp.stack(deviations)
+    signal, spread = (jnp.stack(column) for column in zip(*signals, strict=True))
+    return WeightStats(deviation, deviation * jnp.sqrt(fans), signal, spread)
+
+
+def _size(weight: Array) -> Array:
+    return jnp.sqrt(jnp.mean(in_float32(weight) ** 2)).astype(jnp.float32)
+
+
+def _signal(values: Array, *, one: Located) -> tuple[Array, Array]:
+    values = in_float32(values)
+    size = jnp.sqrt(jnp.mean(values**2))
+    axes = one.stages[-1].axes if one.stages else one.axes
+    centre = jnp.mean(values, axis=axes, keepdims=True)
+    spread = jnp.max(jnp.abs(values - centre))
+    return jnp.std(values), spread / jnp.where(size > 0, size, 1)
+
+
+def needed_gain(one: Located) -> float:
+    """Returns the gain that keeps the signal's size: sqrt(2) before a rectifier."""
+    is_rectified = one.layer.activation in RECTIFIERS
+    return math.sqrt(2.0) if is_rectified else 1.0
+
+
+def redrawn(network: Network, params: Params, key: Array) -> Params:
+    """Draws fresh weights: He normal before rectifiers, LeCun normal elsewhere.
+
+    Parameters of two or more axes that belong to no layer stay, and so do scales of
+    normalizations; biases become zero.
+
+    Args:
+        network: of ``apply_fn(params, inputs)``.
+        params: the parameters.
+        key: consumed.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    drawn = list(leaves)
+    for one in network.layers:
+        if one.layer.kind == "embedding":
+            continue
+        for leaf in one.leaves - {one.weight}:
+            if _is_bias(network, one, leaf):
+                drawn[leaf] = jnp.zeros_like(leaves[leaf])
+        weight = leaves[one.weight]
+        scale = needed_gain(one) / math.sqrt(max(one.layer.fan_in, 1))
+        noise = jax.random.normal(
+            jax.random.fold_in(key, one.weight), weight.shape, jnp.float32
+        )
+        drawn[one.weight] = (scale * noise).astype(weight.dtype)
+    return jax.tree.unflatten(structure, drawn)
+
+
+def _is_bias(network: Network, one: Located, leaf: int) -> bool:
+    """Tells whether a leaf is only added to what the layer makes."""
+    steps = [step for stage in one.stages for step in stage.steps]
+    uses = [
+        step
+        for step in steps
+        if any(
+            network.steps.is_weight(value) and leaf in network.steps.parameters[value]
+            for value in step.inputs
+            if value is not None
+        )
+    ]
+    return bool(uses) and all(step.eqn.primitive.name == "add" for step in uses)
+
+
+def judge_scale(stats: WeightStats, network: Network) -> tuple[Finding, ...]:
+    """Says whether weights are off scale, and whether the signal shows it."""
+    host = jax.device_get(stats)
+    drawn = [one for one in network.layers if one.layer.kind != "embedding"]
+    if not drawn or not len(host.gain):
+        return ()
+    ratios = [
+        float(gain) / needed_gain(one)
+        for gain, one in zip(host.gain, network.layers, strict=True)
+        if one.layer.kind != "embedding"
+    ]
+    worst = int(np.argmax(np.abs(np.log(np.maximum(ratios, 1e-12)))))
+    off = not 1 / GAIN_FACTOR <= ratios[worst] <= GAIN_FACTOR
+    first, last = float(host.signal[0]), float(host.signal[-1])
+    change = last / first if first > 0 else 0.0
+    moved = not 1 / SIGNAL_FACTOR <= change <= SIGNAL_FACTOR
+    if not (off and (moved or not math.isfinite(change) or len(drawn) == 1)):
+        return ()
+    return (off_scale(network, drawn[worst], ratios[worst], change),)
+
+
+def off_scale(
+    network: Network, one: Located, ratio: float = math.nan, change: float = math.nan
+) -> Finding:
+    """The finding that the weights of a layer have the wrong size."""
+    del network
+    name = "he_normal" if needed_gain(one) > 1 else "lecun_normal"
+    return Finding(
+        "initialization/off-scale",
+        9,
+        "info",
+        one.layer.name,
+        ratio,
+        GAIN_FACTOR,
+        f"The weights of {one.layer.name} are {number(ratio)} times as large as a"
+        f" network before {one.layer.activation or 'a linear output'} needs; the signal"
+        f" changes by a factor of {number(change)} from the first layer to the last.",
+        f"Draw them from jax.nn.initializers.{name}(), as Flax's kernel_init argument,"
+        " and start the biases at zero.",
+    )
+
+
+def judge_symmetry(
+    start: WeightStats, end: WeightStats | None, network: Network
+) -> tuple[Finding, ...]:
+    """Says which hidden layers compute one unit many times.
+
+    Args:
+        start: of the untrained network.
+        end: after some training; units that are equal then can never part.  None where
+            nothing was trained: then it is a suspicion.
+        network: of ``apply_fn(params, inputs)``.
+    """
+    spreads = np.asarray(jax.device_get(start.unit_spread))
+    equal = spreads <= SYMMETRY_LIMIT
+    if end is not None:
+        equal &= np.asarray(jax.device_get(end.unit_spread)) <= SYMMETRY_LIMIT
+    deviation = np.asarray(jax.device_get(start.deviation))
+    findings = []
+    for index, one in enumerate(network.layers[:-1]):
+        if not equal[index] or one.layer.units < 2:
+            continue
+        is_zero = deviation[index] == 0
+        findings.append(
+            Finding(
+                f"initialization/{'zero' if is_zero else 'symmetric'}",
+                9,
+                "info" if end is None else "error",
+                one.layer.name,
+                float(spreads[index]),
+                SYMMETRY_LIMIT,
+                f"The {one.layer.units} units of {one.layer.name} compute the same"
+                f" number{'' if end is None else ', before and after training'}:"
+                " they start alike and get the same gradient, so they are one unit.",
+                "Draw the weights from jax.nn.initializers.he_normal() or"
+                " lecun_normal(); only biases start at zero.",
+            )
+        )
+    return tuple(findings)

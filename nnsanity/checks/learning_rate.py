@@ -1,0 +1,109 @@
+"""Item 6: is the learning rate one at which this network learns?
+
+"Defaults are nearly always wrong.  Find the largest rate that does not make the error
+explode, and go a little below" (D. Holden).
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from nnsanity.findings import Finding, number
+
+RATE_FACTORS = (0.1, 10.0, 0.01, 100.0)
+"""Factors of the user's rate that the trial tries, the near ones first."""
+JITTER_LIMIT = 1.0
+"""Healthy rise of the smoothed loss above its minimum, as a share of its fall."""
+
+
+def smoothed(losses: Sequence[float], weight: float = 0.9) -> np.ndarray:
+    """Returns the running mean of losses, corrected for its start at zero.
+
+    Args:
+        losses: [steps].
+        weight: of the past; 0.9 averages about ten steps.
+
+    Example:
+        >>> smoothed([1.0, 1.0, 1.0]).round(6)
+        array([1., 1., 1.])
+
+    References:
+        Kingma and Ba (2015), section 3, for the correction.
+    """
+    mean, result = 0.0, []
+    for step, loss in enumerate(losses, start=1):
+        mean = weight * mean + (1 - weight) * float(loss)
+        result.append(mean / (1 - weight**step))
+    return np.array(result)
+
+
+def judge_losses(losses: Sequence[float]) -> tuple[Finding, ...]:
+    """Says what the losses of a trial tell about its rate; suspects.
+
+    Args:
+        losses: [steps], of the batches of one training.
+    """
+    values = np.asarray(losses, np.float64)
+    start = float(values[0])
+    if not np.isfinite(values).all():
+        step = int(np.argmin(np.isfinite(values)))
+        return (_diverges(start, float(values[step]), step),)
+    if len(values) < 2:
+        return ()
+    curve = smoothed(values)
+    end, lowest = float(curve[-1]), float(curve.min())
+    fall = max(start - lowest, 1e-12)
+    if end > start + 2 * abs(start) or end > lowest + JITTER_LIMIT * fall > start:
+        return (_diverges(start, end, len(values)),)
+    return ()
+
+
+def _diverges(start: float, end: float, step: int) -> Finding:
+    return Finding(
+        "learning-rate/diverges",
+        6,
+        "info",
+        "optimizer",
+        end,
+        start,
+        f"The training loss goes from {number(start)} to {number(end)} in {step} steps.",
+        "Lower the learning rate until the loss falls, then use the largest such rate.",
+    )
+
+
+def wrong_rate(factor: float, *, diverges: bool) -> Finding:
+    """The finding that another rate learns, as the grid of rates shows it.
+
+    Args:
+        factor: what the rate has to be multiplied with.
+        diverges: whether the user's own rate makes the loss rise or overflow.
+    """
+    if factor < 1:
+        rule = "diverges" if diverges else "too-high"
+        message = f"The learning rate is about {number(1 / factor)} times too high."
+    else:
+        rule = "too-low"
+        message = f"The learning rate is about {number(factor)} times too low."
+    return Finding(
+        f"learning-rate/{rule}",
+        6,
+        "info",
+        "optimizer",
+        1.0,
+        factor,
+        message,
+        f"Multiply the learning rate by {number(factor)}; from there, take the largest"
+        " one that does not make the loss rise.",
+    )
+
+
+def is_falling(losses: Sequence[float]) -> bool:
+    """Tells whether a loss was still clearly falling at the end of a trial."""
+    values = np.asarray(losses, np.float64)
+    if len(values) < 20 or not np.isfinite(values).all():
+        return False
+    quarter = len(values) // 4
+    before, last = values[-2 * quarter : -quarter].mean(), values[-quarter:].mean()
+    total = values[:quarter].mean() - last
+    return bool(math.isfinite(total) and before - last > 0.1 * max(total, 1e-12))

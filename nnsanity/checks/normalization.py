@@ -1,0 +1,466 @@
+"""Item 1: are inputs and targets of the size that networks are built for?
+
+"Subtract the mean and divide by the deviation, inputs and outputs alike" (D. Holden).
+Everything downstream, from initialization to optimizer, assumes mean 0 and deviation 1.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnsanity._tree import in_float32
+from nnsanity._types import Array
+from nnsanity.findings import Finding, listed, number
+
+RMS_RANGE = (0.1, 10.0)
+"""Healthy root mean square of a feature; within 10 of the 1 that initializers assume."""
+MEAN_LIMIT = 5.0
+"""Healthy |mean| in deviations; beyond it a feature looks constant to the network."""
+DISPARITY_LIMIT = 100.0
+"""Healthy ratio of the largest deviation of a feature to the smallest."""
+DOUBLE_LIMIT = 0.05
+"""Root mean square under which inputs look as if they had been scaled down twice."""
+TARGET_LIMIT = 10.0
+"""Healthy size of targets in units of what an untrained network puts out."""
+SPLIT_SHIFT, SPLIT_RATIO = 0.5, 2.0
+"""How far moments of validation data may lie off, in deviations and as a ratio."""
+_CONSTANT = 1e-6
+
+
+class Moments(NamedTuple):
+    """Moments of each feature, mergeable over batches and devices.
+
+    Attributes:
+        count: int32[features], finite values seen.
+        mean: float32[features].
+        square_deviations: float32[features], sum of ``(x - mean)**2``.
+        minimum: float32[features], of the finite values; inf where there are none.
+        maximum: float32[features], of the finite values; -inf where there are none.
+        nonfinite: int32[features], NaN and infinite values seen; healthy is 0.
+    """
+
+    count: Array
+    mean: Array
+    square_deviations: Array
+    minimum: Array
+    maximum: Array
+    nonfinite: Array
+
+    @property
+    def deviation(self) -> Array:
+        """Standard deviation of each feature, of the population; 0 for no values."""
+        return jnp.sqrt(self.square_deviations / jnp.maximum(self.count, 1))
+
+    @property
+    def is_constant(self) -> Array:
+        """Which features do not vary beyond the rounding of their numbers."""
+        size = jnp.maximum(jnp.abs(self.mean), jnp.finfo(self.mean.dtype).tiny)
+        return ~(self.deviation > _CONSTANT * size)
+
+
+def feature_moments(values: Array, *, axis_name: str | None = None) -> Moments:
+    """Measures mean, deviation and range of every feature.
+
+    Features lie on the last axis (channels, for images); all axes before it are
+    averaged over.  Values without a second axis are one feature.  NaN and infinite
+    values are counted and left out.  Two passes in float32 keep the deviation right
+    where the mean is far larger.  Costs about two reads of the values.
+
+    Args:
+        values: [..., features] or [examples], of any dtype.
+        axis_name: name of a ``shard_map`` or ``vmap`` axis to merge over.
+
+    Returns:
+        ``Moments``, each field of shape [features].
+
+    Raises:
+        TypeError: if the values are not numbers.
+        ValueError: if there are no values.
+
+    Example:
+        >>> moments = feature_moments(jnp.array([[1.0, 5.0], [3.0, 5.0]]))
+        >>> moments.mean, moments.deviation
+        (Array([2., 5.], dtype=float32), Array([1., 0.], dtype=float32))
+
+    References:
+        Chan, Golub and LeVeque (1983), "Algorithms for computing the sample variance".
+    """
+    values = _checked(values)
+    finite = jnp.isfinite(values)
+    axes = tuple(range(max(values.ndim - 1, 1)))
+    count = jnp.sum(finite, axes, dtype=jnp.int32)
+    nonfinite = jnp.sum(~finite, axes, dtype=jnp.int32)
+    divisor = jnp.maximum(count, 1).astype(values.dtype)
+    filled = jnp.where(finite, values, 0)
+    # The first mean is off by the rounding of a long sum; the second pass takes that
+    # out of the mean and of the squares.
+    first = jnp.sum(filled, axes) / divisor
+    residual = jnp.where(finite, values - first, 0)
+    correction = jnp.sum(residual, axes) / divisor
+    squares = jnp.sum(residual**2, axes) - divisor * correction**2
+    moments = Moments(
+        count,
+        first + correction,
+        jnp.maximum(squares, 0),
+        jnp.min(jnp.where(finite, values, jnp.inf), axes),
+        jnp.max(jnp.where(finite, values, -jnp.inf), axes),
+        nonfinite,
+    )
+    return moments if axis_name is None else _merged_over(moments, axis_name)
+
+
+def _checked(values: Array) -> Array:
+    dtype = getattr(values, "dtype", None)
+    if dtype is not None and not (
+        jnp.issubdtype(dtype, np.number) or jnp.issubdtype(dtype, np.bool_)
+    ):
+        raise TypeError(f"feature_moments: values must be numbers, got dtype {dtype}")
+    values = in_float32(jnp.asarray(values))
+    if values.ndim == 0 or 0 in values.shape:
+        raise ValueError(
+            f"feature_moments: values must hold examples, got shape {values.shape}"
+        )
+    return values
+
+
+def _merged_over(moments: Moments, axis_name: str) -> Moments:
+    count = jax.lax.psum(moments.count, axis_name)
+    divisor = jnp.maximum(count, 1).astype(moments.mean.dtype)
+    weight = moments.count / divisor
+    mean = jax.lax.psum(weight * moments.mean, axis_name)
+    between = moments.count * (moments.mean - mean) ** 2
+    return Moments(
+        count,
+        mean,
+        jax.lax.psum(moments.square_deviations + between, axis_name),
+        jax.lax.pmin(moments.minimum, axis_name),
+        jax.lax.pmax(moments.maximum, axis_name),
+        jax.lax.psum(moments.nonfinite, axis_name),
+    )
+
+
+def merge_moments(a: Moments, b: Moments) -> Moments:
+    """Merges the moments of two batches into those of both.
+
+    Associative up to rounding; moments of no values are neutral.  Costs nothing.
+
+    Args:
+        a: moments of some values.
+        b: moments of other values of the same features.
+
+    Example:
+        >>> a, b = (feature_moments(jnp.array(x)) for x in ([1.0, 3.0], [5.0]))
+        >>> merge_moments(a, b).mean
+        Array(3., dtype=float32)
+
+    References:
+        Chan, Golub and LeVeque (1983), equation 1.5.
+    """
+    count = a.count + b.count
+    divisor = jnp.maximum(count, 1).astype(a.mean.dtype)
+    delta = b.mean - a.mean
+    return Moments(
+        count,
+        a.mean + delta * (b.count / divisor),
+        a.square_deviations
+        + b.square_deviations
+        + delta**2 * a.count * (b.count / divisor),
+        jnp.minimum(a.minimum, b.minimum),
+        jnp.maximum(a.maximum, b.maximum),
+        a.nonfinite + b.nonfinite,
+    )
+
+
+def z_scores(values: Array, moments: Moments) -> Array:
+    """Subtracts the mean and divides by the deviation, feature by feature.
+
+    Constant features become 0 where they keep their value, and are only shifted
+    elsewhere: nothing is divided by a deviation of zero.
+
+    Args:
+        values: [..., features], of the features that the moments are of.
+        moments: as ``feature_moments`` returns.
+
+    Returns:
+        float32[..., features].
+
+    Example:
+        >>> values = jnp.array([[1.0, 5.0], [3.0, 5.0]])
+        >>> z_scores(values, feature_moments(values))
+        Array([[-1.,  0.],
+               [ 1.,  0.]], dtype=float32)
+    """
+    scale = jnp.where(moments.is_constant, 1, moments.deviation)
+    return (in_float32(values) - moments.mean) / scale
+
+
+class Normalization(NamedTuple):
+    """How far data are from mean 0 and deviation 1.
+
+    Attributes:
+        moments: of each feature.
+        root_mean_square: float32[features]; healthy is within [0.1, 10].
+        constant: bool[features].
+        scale_disparity: float32[], largest deviation of a feature over the smallest
+            that is not zero; healthy is under 100.
+    """
+
+    moments: Moments
+    root_mean_square: Array
+    constant: Array
+    scale_disparity: Array
+
+
+def normalization(
+    inputs: Array, *, groups: Sequence[int] | None = None
+) -> Normalization:
+    """Measures how far the features of a data set are from mean 0 and deviation 1.
+
+    Costs about two reads of the values.
+
+    Args:
+        inputs: [..., features] or [examples].
+        groups: the number of each feature's group; features of one group share a mean
+            and a deviation, and results are by group.
+
+    Returns:
+        ``Normalization``.
+
+    Raises:
+        ValueError: if there is not one group number for each feature.
+
+    Example:
+        >>> measured = normalization(jnp.array([[3.0, 0.0], [-3.0, 300.0]]))
+        >>> measured.root_mean_square[0], measured.scale_disparity
+        (Array(3., dtype=float32), Array(50., dtype=float32))
+    """
+    static = None if groups is None else tuple(int(group) for group in groups)
+    return _normalization(inputs, static)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _normalization(inputs: Array, groups: tuple[int, ...] | None) -> Normalization:
+    moments = feature_moments(inputs)
+    if groups is not None:
+        moments = _pooled(moments, groups)
+    deviation, constant = moments.deviation, moments.is_constant
+    smallest = jnp.min(jnp.where(constant, jnp.inf, deviation))
+    largest = jnp.max(jnp.where(constant, 0, deviation))
+    disparity = jnp.where(largest > 0, largest / smallest, 1.0)
+    rms = jnp.sqrt(moments.mean**2 + deviation**2)
+    return Normalization(moments, rms, constant, disparity)
+
+
+def _pooled(moments: Moments, groups: tuple[int, ...]) -> Moments:
+    """Merges the moments of the features of each group."""
+    if moments.mean.shape != (len(groups),):
+        raise ValueError(
+            f"normalization: groups must hold one number for each of the"
+            f" {moments.mean.size} features, got {len(groups)}"
+        )
+    members = [
+        [feature for feature, one in enumerate(groups) if one == group]
+        for group in sorted(set(groups))
+    ]
+    merged = []
+    for features in members:
+        parts = [jax.tree.map(lambda leaf, f=f: leaf[f], moments) for f in features]
+        merged.append(functools.reduce(merge_moments, parts))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *merged)
+
+
+def judge_inputs(measured: Normalization, *, name: str = "inputs") -> tuple[Finding, ...]:
+    """Says what is unusual about the inputs; suspects, until a repair shows an effect."""
+    host = jax.tree.map(np.atleast_1d, jax.device_get(measured))
+    findings = [*_nonfinite(host.moments, "nonfinite-input", name)]
+    varying = ~host.constant
+    rms, mean = host.root_mean_square[varying], host.moments.mean[varying]
+    deviation = np.sqrt(host.moments.square_deviations / host.moments.count.clip(1))
+    deviation = deviation[varying]
+    if varying.any():
+        size = float(np.sqrt(np.mean(rms**2)))
+        off = (rms < RMS_RANGE[0]) | (rms > RMS_RANGE[1])
+        off |= np.abs(mean) > MEAN_LIMIT * deviation
+        if rms.max() < DOUBLE_LIMIT:
+            findings.append(_double_normalized(name, rms))
+        elif off.mean() > 0.5 or not RMS_RANGE[0] <= size <= RMS_RANGE[1]:
+            findings.append(_unnormalized(name, host, size))
+    disparity = float(host.scale_disparity[0])
+    if not disparity <= DISPARITY_LIMIT and varying.any():
+        findings.append(_disparity(name, host, disparity))
+    if host.constant.any():
+        findings.append(_constant_features(name, host.constant))
+    return tuple(findings)
+
+
+def _nonfinite(moments: Moments, rule: str, name: str) -> Sequence[Finding]:
+    bad = np.atleast_1d(moments.nonfinite)
+    if not bad.any():
+        return ()
+    features = [str(index) for index in np.flatnonzero(bad)]
+    return (
+        Finding(
+            f"normalization/{rule}",
+            1,
+            "error",
+            f"{name}, feature {listed(features)}",
+            float(bad.sum()),
+            0.0,
+            f"{number(float(bad.sum()))} values of the {name} are NaN or infinite; one"
+            " of them turns the loss and every parameter into NaN.",
+            "Drop these rows, or fill them in and add a column that says so. Look first"
+            " where they come from: a division by zero, a log of zero, a missing value.",
+        ),
+    )
+
+
+def _unnormalized(name: str, host: Normalization, size: float) -> Finding:
+    mean = float(np.mean(host.moments.mean))
+    return Finding(
+        "normalization/unnormalized-inputs",
+        1,
+        "info",
+        name,
+        size,
+        RMS_RANGE[1] if size > 1 else RMS_RANGE[0],
+        f"The {name} have root mean square {number(size)} and mean {number(mean)};"
+        " initializers and optimizers assume about 1 and 0.",
+        _standardize_advice(host.moments),
+    )
+
+
+def _double_normalized(name: str, rms: np.ndarray) -> Finding:
+    return Finding(
+        "normalization/double-normalized",
+        1,
+        "info",
+        name,
+        float(rms.max()),
+        DOUBLE_LIMIT,
+        f"No feature of the {name} has a root mean square over {number(rms.max())}, as"
+        " if they had been scaled down twice.",
+        "Look for a second division by 255 or by the deviation; then standardize once.",
+    )
+
+
+def _disparity(name: str, host: Normalization, disparity: float) -> Finding:
+    deviation = np.sqrt(host.moments.square_deviations / host.moments.count.clip(1))
+    varying = np.flatnonzero(~host.constant)
+    order = varying[np.argsort(deviation[varying])]
+    small, large = order[0], order[-1]
+    return Finding(
+        "normalization/scale-disparity",
+        1,
+        "info",
+        f"{name}, features {large} and {small}",
+        disparity,
+        DISPARITY_LIMIT,
+        f"Feature {large} has deviation {number(deviation[large])} and feature {small}"
+        f" has {number(deviation[small])}: the first drowns the second.",
+        "Standardize each feature by itself. If a feature is small because it matters"
+        " less, and not because of its unit, scale its group as one.",
+    )
+
+
+def _constant_features(name: str, constant: np.ndarray) -> Finding:
+    features = [str(index) for index in np.flatnonzero(constant)]
+    return Finding(
+        "normalization/constant-feature",
+        1,
+        "info",
+        f"{name}, feature {listed(features)}",
+        float(constant.sum()),
+        0.0,
+        f"{len(features)} features of the {name} never change; dividing by their"
+        " deviation would give NaN.",
+        "Leave them out, or divide by 1 there.",
+    )
+
+
+def _standardize_advice(moments: Moments) -> str:
+    """Names the numbers to subtract and divide by, for at most three features."""
+    mean = np.atleast_1d(moments.mean)
+    deviation = np.sqrt(moments.square_deviations / np.maximum(moments.count, 1))
+    pairs = [
+        f"feature {index}: subtract {number(mean[index])}, divide by"
+        f" {number(deviation[index])}"
+        for index in np.argsort(-np.abs(mean))[:3]
+    ]
+    return (
+        "Subtract the mean and divide by the deviation, the same numbers for training"
+        f" and validation ({'; '.join(pairs)}"
+        f"{'; ...' if len(mean) > 3 else ''}). Do not rescale a feature that is small"
+        " because it matters less."
+    )
+
+
+def judge_targets(measured: Normalization, output_size: float) -> tuple[Finding, ...]:
+    """Says what is unusual about targets that are numbers.
+
+    Args:
+        measured: of the targets.
+        output_size: root mean square of what the untrained network puts out.
+    """
+    host = jax.tree.map(np.atleast_1d, jax.device_get(measured))
+    findings = [*_nonfinite(host.moments, "nonfinite-target", "targets")]
+    size = float(np.sqrt(np.mean(host.root_mean_square**2)))
+    reference = max(output_size, 1.0)
+    if not size <= TARGET_LIMIT * reference:
+        deviation = np.sqrt(host.moments.square_deviations / host.moments.count.clip(1))
+        findings.append(
+            Finding(
+                "normalization/unnormalized-targets",
+                1,
+                "info",
+                "targets",
+                size / reference,
+                TARGET_LIMIT,
+                f"The targets have root mean square {number(size)}, the untrained"
+                f" network puts out {number(output_size)}: the first gradients are as"
+                " large as the difference.",
+                f"Train on (targets - {number(host.moments.mean[0])}) /"
+                f" {number(deviation[0])} and undo it on the outputs.",
+            )
+        )
+    return tuple(findings)
+
+
+def judge_split(training: Moments, held_out: Moments) -> tuple[Finding, ...]:
+    """Compares the moments of two sets that should come from one pipeline."""
+    train, other = jax.tree.map(np.atleast_1d, jax.device_get((training, held_out)))
+    train_deviation, other_deviation = (
+        np.sqrt(one.square_deviations / np.maximum(one.count, 1))
+        for one in (train, other)
+    )
+    scale = np.maximum(train_deviation, other_deviation)
+    scale = np.where(scale > 0, scale, 1.0)
+    chance = 4 / np.sqrt(np.maximum(np.minimum(train.count, other.count), 1))
+    shift = np.abs(train.mean - other.mean) / scale
+    ratio = np.maximum(train_deviation, 1e-12) / np.maximum(other_deviation, 1e-12)
+    stretch = np.abs(np.log(ratio))
+    varies = (train_deviation > 0) & (other_deviation > 0)
+    off = shift > np.maximum(SPLIT_SHIFT, chance)
+    off |= varies & (stretch > np.maximum(np.log(SPLIT_RATIO), 2 * chance))
+    if not off.mean() > 0.25:
+        return ()
+    worst = int(np.argmax(np.where(off, shift + stretch, -1)))
+    return (
+        Finding(
+            "normalization/split-mismatch",
+            1,
+            "warning",
+            f"validation, {int(off.sum())} of {off.size} features",
+            float(shift[worst]),
+            SPLIT_SHIFT,
+            f"Training and validation inputs were not prepared alike: feature {worst}"
+            f" has mean {number(train.mean[worst])} and deviation"
+            f" {number(train_deviation[worst])} in one, {number(other.mean[worst])} and"
+            f" {number(other_deviation[worst])} in the other.",
+            "Take mean and deviation from the training data alone and apply the same"
+            " two numbers to both.",
+        ),
+    )

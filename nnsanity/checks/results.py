@@ -1,0 +1,334 @@
+"""Item 2: does the network learn anything, and does the loss ask for it?
+
+"A falling loss is not a result: systems that learn fail in silence" (D. Holden).  What
+was learned is told by the outputs and the targets themselves, in a unit that neither
+the loss nor an affine change of the targets touches.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnsanity._tree import in_float32
+from nnsanity._types import Array, Params, PyTree
+from nnsanity.findings import Finding, number
+
+START_LIMIT = 3.0
+"""Healthy loss at the start, in units of the best constant output's loss (Karpathy:
+"verify loss @ init"; TheDeepChecker asks for the same)."""
+CONSTANT_LIMIT = 0.05
+"""Quality up to which outputs count as no better than a constant."""
+PAIRING_LIMIT = 1e-4
+"""Relative change of the loss under which it does not feel a shuffle of the targets."""
+
+
+def kind_of_targets(outputs: PyTree, targets: PyTree) -> str | None:
+    """Tells how outputs and targets belong together.
+
+    Args:
+        outputs: array or ``jax.ShapeDtypeStruct``, [examples, ...].
+        targets: concrete array, [examples, ...].
+
+    Returns:
+        ``"classes"`` (integers against one output per class), ``"one-hot"``,
+        ``"binary"`` (zeros and ones, or -1 and 1), ``"numbers"``, or None where
+        outputs can't be compared with targets.
+    """
+    if not hasattr(outputs, "shape") or not hasattr(targets, "shape"):
+        return None
+    targets = np.asarray(targets)
+    if not (
+        np.issubdtype(targets.dtype, np.number) or np.issubdtype(targets.dtype, bool)
+    ):
+        return None
+    if np.issubdtype(targets.dtype, np.integer) and len(outputs.shape) > 1:
+        squeezed = tuple(size for size in targets.shape[1:] if size != 1)
+        classes = outputs.shape[-1]
+        if outputs.shape[1:-1] == squeezed and classes > max(int(targets.max()), 1):
+            return "classes"
+    if math.prod(outputs.shape[1:]) != math.prod(targets.shape[1:]):
+        return None
+    values = np.unique(targets[: 10_000])
+    if np.isin(values, (0, 1)).all():
+        rows = targets.reshape(len(targets), -1)
+        is_one_hot = rows.shape[1] > 1 and (rows.sum(axis=1) == 1).all()
+        return "one-hot" if is_one_hot else "binary"
+    return "binary" if np.isin(values, (-1, 1)).all() else "numbers"
+
+
+def quality(outputs: Array, targets: Array, kind: str) -> Array:
+    """Measures how much better the outputs are than the best constant output.
+
+    For classes the share of the errors of the most frequent class that is avoided; for
+    numbers the share of the variance that is explained, averaged over the columns.  1
+    is perfect, 0 is what a constant reaches; -1 where an output is not finite.
+
+    Args:
+        outputs: [examples, ...].
+        targets: [examples, ...].
+        kind: as ``kind_of_targets`` returns.
+
+    Returns:
+        float32[], at least -1.
+
+    Example:
+        >>> float(quality(jnp.array([0.0, 1.0, 1.0]), jnp.array([0.0, 2.0, 1.0]), "numbers"))
+        0.5
+    """
+    outputs = in_float32(outputs)
+    measure = {"classes": _class_quality, "one-hot": _one_hot_quality}.get(
+        kind, _binary_quality if kind == "binary" else _number_quality
+    )
+    value = measure(outputs, targets)
+    healthy = jnp.isfinite(value) & jnp.isfinite(outputs).all()
+    return jnp.where(healthy, jnp.maximum(value, -1), -1)
+
+
+def _class_quality(outputs: Array, targets: Array) -> Array:
+    num_classes = outputs.shape[-1]
+    labels = jnp.reshape(targets, outputs.shape[:-1])
+    shares = jnp.mean(jax.nn.one_hot(labels.reshape(-1), num_classes), axis=0)
+    correct = jnp.mean(jnp.argmax(outputs, -1) == labels)
+    return _beyond(correct, jnp.max(shares))
+
+
+def _one_hot_quality(outputs: Array, targets: Array) -> Array:
+    targets = jnp.reshape(targets, outputs.shape)
+    return _class_quality(outputs, jnp.argmax(targets, -1))
+
+
+def _binary_quality(outputs: Array, targets: Array) -> Array:
+    positive = jnp.reshape(targets, outputs.shape) > 0
+    share = jnp.mean(positive)
+    # Probabilities are cut at one half and logits at zero; what the outputs are is
+    # not known here.
+    correct = jnp.maximum(
+        jnp.mean((outputs > 0.5) == positive), jnp.mean((outputs > 0.0) == positive)
+    )
+    return _beyond(correct, jnp.maximum(share, 1 - share))
+
+
+def _beyond(correct: Array, baseline: Array) -> Array:
+    return jnp.where(baseline < 1, (correct - baseline) / (1 - baseline), correct)
+
+
+def _number_quality(outputs: Array, targets: Array) -> Array:
+    targets = jnp.reshape(in_float32(targets), (outputs.shape[0], -1))
+    outputs = jnp.reshape(outputs, targets.shape)
+    centre = jnp.mean(targets, axis=0)
+    variance = jnp.mean((targets - centre) ** 2, axis=0)
+    error = jnp.mean((outputs - targets) ** 2, axis=0)
+    explained = 1 - error / jnp.where(variance > 0, variance, 1)
+    return jnp.sum(jnp.where(variance > 0, explained, 0)) / jnp.maximum(
+        jnp.sum(variance > 0), 1
+    )
+
+
+def constant_outputs(shape: Sequence[int], targets: np.ndarray, kind: str) -> Array:
+    """Lists the constant outputs of which one is best for the usual losses.
+
+    Mean and median for numbers; shares of the classes, as probabilities, as logits and
+    as log-odds, for classes.
+
+    Returns:
+        float32[candidates, ...], each of the shape of one example's output.
+    """
+    shape = tuple(shape)
+    if kind == "numbers":
+        rows = targets.astype(np.float64).reshape(len(targets), -1)
+        found = [rows.mean(axis=0), np.median(rows, axis=0)]
+    else:
+        shares = _shares(shape, targets, kind).clip(1e-6, 1 - 1e-6)
+        odds = np.log(shares / (1 - shares))
+        found = [shares, np.log(shares), odds, np.zeros_like(shares)]
+        found += [2 * shares - 1] if targets.min() < 0 else []
+    return jnp.asarray(np.stack([one.reshape(shape) for one in found]), jnp.float32)
+
+
+def _shares(shape: tuple[int, ...], targets: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "classes":
+        counts = np.bincount(targets.reshape(-1), minlength=shape[-1])
+        return np.broadcast_to(counts / counts.sum(), shape)
+    return (targets.reshape(len(targets), -1) > 0).mean(axis=0)
+
+
+def perfect_outputs(
+    shape: Sequence[int], targets: np.ndarray, kind: str
+) -> tuple[Array, ...]:
+    """Lists outputs that say just what the targets say, for the usual losses.
+
+    The targets themselves; for classes also as logits of three temperatures.
+
+    Returns:
+        Arrays of shape [examples, ...].
+    """
+    if kind == "classes":
+        truth = np.eye(shape[-1], dtype=np.float32)[targets.reshape(len(targets), -1)]
+    else:
+        truth = np.asarray(targets, np.float32)
+    truth = truth.reshape(len(targets), *shape)
+    if kind == "numbers":
+        return (jnp.asarray(truth),)
+    signs = truth if truth.min() < 0 else 2 * truth - 1
+    return tuple(jnp.asarray(one) for one in (truth, *(signs * k for k in (2, 5, 20))))
+
+
+class Pairing(NamedTuple):
+    """Whether the loss depends on which output meets which target.
+
+    Attributes:
+        loss: float32[].
+        shuffled: float32[], the loss with the targets in another order.
+        output_spread: float32[], deviation of the outputs over the examples.
+        target_spread: float32[], deviation of the targets over the examples.
+    """
+
+    loss: Array
+    shuffled: Array
+    output_spread: Array
+    target_spread: Array
+
+
+def pairing(
+    apply_fn: Callable, loss_fn: Callable, params: Params, batch: PyTree
+) -> Pairing:
+    """Measures whether the loss feels it when the targets are dealt out anew.
+
+    A loss that compares every output with every target, as ``(N,) - (N, 1)`` does,
+    stays the same to the last digit.  Costs three forward passes.
+
+    Args:
+        apply_fn: ``apply_fn(params, inputs) -> outputs``.
+        loss_fn: ``loss_fn(params, (inputs, targets)) -> scalar``.
+        params: any pytree of arrays.
+        batch: ``(inputs, targets)``.
+    """
+    inputs, targets = batch
+    rolled = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), targets)
+    return Pairing(
+        loss_fn(params, (inputs, targets)),
+        loss_fn(params, (inputs, rolled)),
+        _spread(apply_fn(params, inputs)),
+        _spread(targets),
+    )
+
+
+def _spread(tree: PyTree) -> Array:
+    spreads = [jnp.std(in_float32(leaf), axis=0).max() for leaf in jax.tree.leaves(tree)]
+    return jnp.max(jnp.stack(spreads))
+
+
+def judge_pairing(measured: Pairing, where: str) -> tuple[Finding, ...]:
+    """Says whether the loss compares each output with its own target."""
+    loss, shuffled, output_spread, target_spread = map(float, measured)
+    size = max(abs(loss), 1e-6)
+    varies = output_spread > 1e-3 and target_spread > 0
+    change = abs(shuffled - loss) / size
+    if not varies or not math.isfinite(loss) or change > PAIRING_LIMIT:
+        return ()
+    return (
+        Finding(
+            "results/broadcast-loss",
+            2,
+            "error",
+            where,
+            change,
+            PAIRING_LIMIT,
+            f"The loss stays {number(loss)} when the targets are given to other"
+            " examples: it compares every output with every target, so the best that"
+            " the network can learn is a constant.",
+            "Print the shapes of outputs and targets inside of the loss. (N,) against"
+            " (N, 1) makes (N, N): reshape one of them to the other.",
+        ),
+    )
+
+
+def judge_start(loss: float, constant_loss: float, limit: float) -> tuple[Finding, ...]:
+    """Compares the loss of the untrained network with that of a constant."""
+    if not math.isfinite(loss):
+        return (_nonfinite_loss(loss),)
+    if not constant_loss > 0 or loss <= limit * constant_loss:
+        return ()
+    return (
+        Finding(
+            "results/start-loss",
+            2,
+            "info",
+            "loss_fn",
+            loss / constant_loss,
+            limit,
+            f"The untrained network starts at a loss of {number(loss)}, where a"
+            f" constant output reaches {number(constant_loss)}.",
+            "Scale down the last layer's weights, or normalize inputs and targets, so"
+            " that training does not begin by unlearning.",
+        ),
+    )
+
+
+def _nonfinite_loss(loss: float) -> Finding:
+    return Finding(
+        "results/nonfinite",
+        2,
+        "error",
+        "loss_fn",
+        loss,
+        0.0,
+        f"The loss of the untrained network is {loss}.",
+        "Look at the inputs first, then at logarithms, divisions and exponentials.",
+    )
+
+
+def judge_wrong_loss(
+    *, perfect: float, reached: float, start: float, explained: float, learned: float
+) -> tuple[Finding, ...]:
+    """Says whether the loss rates the targets worse than outputs that explain nothing.
+
+    Args:
+        perfect: the loss of outputs that equal the targets.
+        reached: the loss after the trial.
+        start: the loss before it.
+        explained: the quality after the trial, 1 is perfect and 0 a constant.
+        learned: the quality from which a network counts as learning.
+    """
+    falls = reached < start - 0.1 * abs(start)
+    if not falls or not perfect > reached + 0.05 * abs(start) or explained > learned:
+        return ()
+    return (
+        Finding(
+            "results/unbounded-loss" if reached < 0 else "results/wrong-loss",
+            2,
+            "error",
+            "loss_fn",
+            reached,
+            perfect,
+            f"The loss falls to {number(reached)} while the outputs explain"
+            f" {number(max(explained, 0) * 100)}% of the targets; outputs equal to the"
+            f" targets would be rated worse, {number(perfect)}.",
+            "The loss asks for something else than the targets. Check its sign, the"
+            " order of its arguments, and that it suits the kind of targets.",
+        ),
+    )
+
+
+def no_better_than_constant(
+    explained: float, num_steps: int, tried: Sequence[str]
+) -> Finding:
+    """The leading finding where a network does not learn and no repair helped."""
+    ruled_out = f" Tried without effect: {', '.join(tried)}." if tried else ""
+    return Finding(
+        "results/no-better-than-constant",
+        2,
+        "error",
+        "network",
+        explained,
+        CONSTANT_LIMIT,
+        f"After {num_steps} steps the outputs explain {number(explained * 100)}% of what"
+        f" a constant output does not.{ruled_out}",
+        "Look at the data: print a few inputs with their targets and outputs, as the"
+        " loss sees them. Check that inputs and targets belong together, and that a"
+        " person could tell the target from the input.",
+    )

@@ -1,0 +1,198 @@
+"""Repairs: what can be changed on a copy, and which suspicion each of them tests."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nnsanity._tree import is_inexact
+from nnsanity._types import Array, PyTree
+from nnsanity.checks import (
+    final_activation,
+    gradients,
+    initialization,
+    learning_rate,
+    normalization,
+)
+from nnsanity.findings import Finding
+from nnsanity.problem import Problem
+from nnsanity.tracing.layers import inspect
+from nnsanity.tracing.replace import penalties
+from nnsanity.trial import Copy
+
+Change = Callable[[Copy, Array], Copy]
+
+
+class Repair(NamedTuple):
+    """One thing that can be repaired on a copy.
+
+    Attributes:
+        name: what is done, as the subject of a sentence.
+        group: repairs of one group exclude each other.
+        change: ``change(copy, key) -> copy``; changes compose.
+        rules: suspicions that it confirms where it helps, the likeliest first.
+        finding: what to say where it helps though nothing was suspected.
+    """
+
+    name: str
+    group: str
+    change: Change
+    rules: tuple[str, ...]
+    finding: Finding
+
+
+def available_repairs(problem: Problem) -> tuple[Repair, ...]:
+    """Lists the repairs that make sense for a problem."""
+    return (
+        *_input_repairs(problem),
+        *_target_repairs(problem),
+        *_rate_repairs(),
+        *_weight_repairs(problem),
+        *_head_repairs(problem),
+        *_hidden_repairs(problem),
+        *_regularization_repairs(problem),
+    )
+
+
+def _input_repairs(problem: Problem) -> tuple[Repair, ...]:
+    leaves = jax.tree.leaves(problem.inputs)
+    if problem.tokens or not all(leaf.size for leaf in leaves):
+        return ()
+    moments = jax.tree.map(
+        lambda leaf: normalization.normalization(leaf, groups=_groups(problem, leaf)),
+        problem.inputs,
+    )
+    is_one = lambda node: isinstance(node, normalization.Normalization)  # noqa: E731
+    parts = jax.tree.map(lambda one: _affine_of(problem, one), moments, is_leaf=is_one)
+    is_pair = lambda node: isinstance(node, tuple) and len(node) == 2  # noqa: E731
+    shift = jax.tree.map(lambda pair: pair[0], parts, is_leaf=is_pair)
+    scale = jax.tree.map(lambda pair: pair[1], parts, is_leaf=is_pair)
+    return (
+        Repair(
+            "standardizing the inputs",
+            "inputs",
+            lambda copy, key: copy._replace(input_shift=shift, input_scale=scale),
+            (
+                "normalization/unnormalized-inputs",
+                "normalization/scale-disparity",
+                "normalization/double-normalized",
+            ),
+            normalization.unstandardized(
+                jax.tree.leaves(moments, is_leaf=is_one)[0], "inputs"
+            ),
+        ),
+    )
+
+
+def _groups(problem: Problem, leaf: Array) -> tuple[int, ...] | None:
+    return problem.groups if leaf.ndim > 1 else None
+
+
+def _affine_of(
+    problem: Problem, measured: normalization.Normalization
+) -> tuple[Array, Array]:
+    """Returns what to subtract and divide by, feature by feature."""
+    shift = measured.moments.mean
+    scale = jnp.where(measured.constant, 1, measured.moments.deviation)
+    if problem.groups is not None and shift.ndim:
+        numbers = sorted(set(problem.groups))
+        index = jnp.array([numbers.index(group) for group in problem.groups])
+        shift, scale = shift[index], scale[index]
+    return shift, scale
+
+
+def _target_repairs(problem: Problem) -> tuple[Repair, ...]:
+    if problem.kind != "numbers":
+        return ()
+    measured = normalization.normalization(problem.targets)
+    shift, scale = measured.moments.mean, measured.moments.deviation
+    scale = jnp.where(measured.constant, 1, scale)
+    return (
+        Repair(
+            "standardizing the targets",
+            "targets",
+            lambda copy, key: copy._replace(target_shift=shift, target_scale=scale),
+            ("normalization/unnormalized-targets",),
+            normalization.unstandardized(measured, "targets"),
+        ),
+    )
+
+
+def _rate_repairs() -> tuple[Repair, ...]:
+    return tuple(_rate_repair(factor) for factor in learning_rate.RATE_FACTORS)
+
+
+def _rate_repair(factor: float) -> Repair:
+    lower = ("learning-rate/diverges", "learning-rate/too-high")
+    words = f"{factor:g} times the learning rate"
+    return Repair(
+        words,
+        "rate",
+        lambda copy, key: copy._replace(update_scale=jnp.float32(factor)),
+        lower if factor < 1 else ("learning-rate/too-low",),
+        learning_rate.wrong_rate(factor),
+    )
+
+
+def _weight_repairs(problem: Problem) -> tuple[Repair, ...]:
+    drawn = [one for one in problem.network.layers if one.layer.kind != "embedding"]
+    if not drawn:
+        return ()
+
+    def redraw(copy: Copy, key: Array) -> Copy:
+        params = initialization.redrawn(problem.network, copy.params, key)
+        return copy._replace(params=params)
+
+    return (
+        Repair(
+            "drawing fresh weights of the usual size",
+            "weights",
+            redraw,
+            ("initialization/off-scale", "initialization/large-bias"),
+            initialization.off_scale(drawn[0]),
+        ),
+    )
+
+
+def _head_repairs(problem: Problem) -> tuple[Repair, ...]:
+    if problem.head is None or problem.head.activation is None:
+        return ()
+    return (
+        Repair(
+            "leaving out the last activation",
+            "head",
+            lambda copy, key: copy._replace(leave_out_head=jnp.asarray(True)),
+            ("final-activation/unreachable-targets",),
+            final_activation.harmful_head(problem.head),
+        ),
+    )
+
+
+def _hidden_repairs(problem: Problem) -> tuple[Repair, ...]:
+    hidden = [
+        one
+        for one in problem.network.layers
+        if one.activation is not None and one is not problem.head
+    ]
+    if not hidden:
+        return ()
+    names = sorted({one.layer.activation or "" for one in hidden})
+    return (
+        Repair(
+            f"a leaky ReLU in the place of {' and '.join(names)}",
+            "hidden",
+            lambda copy, key: copy._replace(leaky=jnp.asarray(True)),
+            (
+                "gradients/dead-units",
+                "gradients/vanishing",
+                "gradients/nonfinite",
+                "gradients/exploding",
+            ),
+            gradients.harmful_activation(hidden),
+        ),
+    )
+
+
+def _regularization_repairs(problem: Problem) -> tuple[Repair, ...]:
+    return ()

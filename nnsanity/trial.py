@@ -1,0 +1,334 @@
+"""Short trainings of a network, as it is and with something repaired.
+
+A copy differs from the user's program in numbers alone, so that one compiled scan
+trains any of them: plain, with standardized inputs, at another rate, with fresh weights,
+without its last activation.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nnsanity._tree import in_float32, is_inexact, take_examples
+from nnsanity._types import Array, Params, PyTree
+from nnsanity.checks.results import quality
+from nnsanity.problem import Problem
+from nnsanity.tracing.replace import LayerValues, Replacement, replaced
+
+HELD_OUT_SHARE = 0.2
+MIN_EXAMPLES_TO_HOLD_OUT = 100
+MAX_EVALUATED = 1000
+NUM_MARKS = 10
+"""At how many times a trial is evaluated after its start."""
+LEAK = 0.1
+"""Slope on the left of the leaky ReLU that stands in for a hidden activation."""
+
+
+class Copy(NamedTuple):
+    """A program to train; ``plain`` makes the user's own.
+
+    Attributes:
+        params: what it starts from.
+        input_shift: tree like the inputs; subtracted first.
+        input_scale: tree like the inputs; divided by then.
+        target_shift: subtracted from the targets first.
+        target_scale: what they are divided by then.
+        update_scale: float32[], factor of every update: 10 trains at ten times the rate.
+        penalty_scale: float32[], factor of the penalties inside the loss.
+        leave_out_head: bool[], whether the last activation is left out.
+        leaky: bool[], whether hidden activations are replaced by leaky ReLU.
+        skip: bool[], whether layers add their input to their output where that fits.
+        noise: bool[], whether it trains on ``train_loss_fn``.
+    """
+
+    params: Params
+    input_shift: PyTree
+    input_scale: PyTree
+    target_shift: Array
+    target_scale: Array
+    update_scale: Array
+    penalty_scale: Array
+    leave_out_head: Array
+    leaky: Array
+    skip: Array
+    noise: Array
+
+
+class Outcome(NamedTuple):
+    """How a training went.
+
+    Attributes:
+        batch_losses: float32[steps], of the batches, before each step.
+        losses: float32[marks + 1], on examples that it trains on, at the start and then
+            at even distances.
+        seen_quality: float32[marks + 1], on the same examples.
+        quality: float32[marks + 1], on examples held out; 1 is perfect, 0 a constant,
+            NaN where outputs can't be compared with targets.
+        params: at the end.
+    """
+
+    batch_losses: Array
+    losses: Array
+    seen_quality: Array
+    quality: Array
+    params: Params
+
+
+class Trial(NamedTuple):
+    """What is needed to train copies.
+
+    Attributes:
+        train: ``train(copy, key) -> Outcome``, compiled once.
+        plain: the user's own program.
+        num_steps: how long it trains.
+        batch_size: examples in one step.
+    """
+
+    train: Callable[[Copy, Array], Outcome]
+    plain: Copy
+    num_steps: int
+    batch_size: int
+
+
+def prepare(problem: Problem, key: Array, *, num_steps: int, batch_size: int) -> Trial:
+    """Builds the trial of a problem; compiles nothing yet.
+
+    A fifth of the data is held out to tell learning from memorizing, where there are
+    enough examples.
+
+    Args:
+        problem: with an optimizer.
+        key: consumed; which examples are held out.
+        num_steps: steps of every training.
+        batch_size: examples in one step.
+    """
+    seen, held_out = _split(problem, key)
+    batch_size = min(batch_size, len(seen))
+    marks = min(NUM_MARKS, num_steps)
+    per_mark = num_steps // marks
+    rows = (seen, seen[:MAX_EVALUATED], held_out[:MAX_EVALUATED])
+    train = functools.partial(
+        jax.jit(functools.partial(_train, problem, batch_size, marks, per_mark)),
+        problem.batch(slice(None)),
+        rows,
+    )
+    return Trial(train, plain(problem), marks * per_mark, batch_size)
+
+
+def plain(problem: Problem) -> Copy:
+    """Returns the user's own program as a copy."""
+    no = jnp.asarray(False)
+    one = jnp.float32(1)
+    return Copy(
+        params=problem.params,
+        input_shift=jax.tree.map(lambda _: jnp.float32(0), problem.inputs),
+        input_scale=jax.tree.map(lambda _: one, problem.inputs),
+        target_shift=jnp.float32(0),
+        target_scale=one,
+        update_scale=one,
+        penalty_scale=one,
+        leave_out_head=no,
+        leaky=no,
+        skip=no,
+        noise=jnp.asarray(problem.train_loss_fn is not None),
+    )
+
+
+def train_copies(trial: Trial, copies: Sequence[tuple[Copy, Array]]) -> list[Outcome]:
+    """Trains copies, each with its own key.
+
+    One after another on a CPU, where batching the small products was measured to be
+    slower; the compiled program is the same for all of them.
+    """
+    return [jax.device_get(trial.train(copy, key)) for copy, key in copies]
+
+
+def _split(problem: Problem, key: Array) -> tuple[np.ndarray, np.ndarray]:
+    order = np.asarray(jax.random.permutation(key, problem.size))
+    if problem.size < MIN_EXAMPLES_TO_HOLD_OUT:
+        return order, order
+    num_held_out = min(int(HELD_OUT_SHARE * problem.size), MAX_EVALUATED)
+    return order[num_held_out:], order[:num_held_out]
+
+
+def _train(
+    problem: Problem,
+    batch_size: int,
+    marks: int,
+    per_mark: int,
+    data: tuple[PyTree, PyTree],
+    rows: tuple[Array, Array, Array],
+    copy: Copy,
+    key: Array,
+) -> Outcome:
+    """Trains one copy; pure, compiled as one scan."""
+    seen, seen_evaluated, held_out = rows
+    order_key, noise_key = jax.random.split(key)
+    optimizer = problem.optimizer
+    loss_fn = _loss_of(problem, copy)
+    apply_fn = _network_of(problem, copy)
+    num_steps = marks * per_mark
+    batches = _batch_rows(order_key, seen, num_steps, batch_size)
+    noise_keys = jax.random.split(noise_key, num_steps)
+
+    def step(state: tuple, now: tuple) -> tuple[tuple, Array]:
+        params, optimizer_state = state
+        batch_rows, step_key = now
+        batch = _prepared(problem, copy, take_examples(data, batch_rows))
+        loss, grads = jax.value_and_grad(loss_fn, allow_int=True)(
+            params, batch, step_key
+        )
+        grads = _without_float0(params, grads)
+        updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
+        updates = jax.tree.map(lambda update: _scaled(update, copy), updates)
+        return (optax.apply_updates(params, updates), optimizer_state), loss
+
+    def evaluate(params: Params) -> tuple[Array, Array, Array]:
+        on_seen = _prepared(problem, copy, take_examples(data, seen_evaluated))
+        on_held_out = _prepared(problem, copy, take_examples(data, held_out))
+        loss = _replaced_loss(problem, copy)(params, on_seen)
+        return (
+            in_float32(loss),
+            _quality(problem, apply_fn, params, on_seen),
+            _quality(problem, apply_fn, params, on_held_out),
+        )
+
+    def mark(state: tuple, now: tuple) -> tuple[tuple, tuple]:
+        state, losses = jax.lax.scan(step, state, now)
+        return state, (losses, evaluate(state[0]))
+
+    state = (copy.params, optimizer.init(copy.params))
+    by_mark = jax.tree.map(
+        lambda leaf: leaf.reshape(marks, per_mark, *leaf.shape[1:]),
+        (batches, noise_keys),
+    )
+    (params, _), (batch_losses, later) = jax.lax.scan(mark, state, by_mark)
+    start = evaluate(copy.params)
+    curves = [
+        jnp.concatenate([first[None], rest])
+        for first, rest in zip(start, later, strict=True)
+    ]
+    return Outcome(in_float32(batch_losses.reshape(-1)), *curves, params)
+
+
+def _batch_rows(key: Array, rows: Array, num_steps: int, batch_size: int) -> Array:
+    """Returns int[steps, batch]: the data in a new order for every epoch."""
+    per_epoch = len(rows) // batch_size
+    num_epochs = -(-num_steps // per_epoch)
+    orders = jax.vmap(lambda one: jax.random.permutation(one, rows))(
+        jax.random.split(key, num_epochs)
+    )
+    batches = orders[:, : per_epoch * batch_size].reshape(-1, batch_size)
+    return batches[:num_steps]
+
+
+def _prepared(
+    problem: Problem, copy: Copy, batch: tuple[PyTree, PyTree]
+) -> tuple[PyTree, PyTree]:
+    """Applies the copy's changes to the data."""
+    inputs, targets = batch
+    if not problem.tokens:
+        inputs = jax.tree.map(_affine, inputs, copy.input_shift, copy.input_scale)
+    if problem.kind == "numbers":
+        targets = _affine(targets, copy.target_shift, copy.target_scale)
+    return inputs, targets
+
+
+def _affine(values: Array, shift: Array, scale: Array) -> Array:
+    if not is_inexact(values):
+        values = in_float32(values)
+    return ((values - shift) / scale).astype(values.dtype)
+
+
+def _scaled(update: Array, copy: Copy) -> Array:
+    if not is_inexact(update):
+        return update
+    return (update * copy.update_scale).astype(update.dtype)
+
+
+def _without_float0(params: Params, grads: PyTree) -> PyTree:
+    """Puts zeros where integer parameters have no gradient."""
+    return jax.tree.map(
+        lambda leaf, grad: grad if is_inexact(leaf) else jnp.zeros_like(leaf),
+        params,
+        grads,
+    )
+
+
+def _replacements(problem: Problem, copy: Copy) -> dict[str, Replacement]:
+    """Says what a copy puts in the place of each layer's output."""
+    head = None if problem.head is None else problem.head.layer.name
+    found = {}
+    for one in problem.network.layers:
+        if one.layer.name != head:
+            found[one.layer.name] = _hidden(copy, has_activation=one.activation is not None)
+        elif one.activation is not None:
+            found[one.layer.name] = Replacement(
+                lambda values: jnp.where(
+                    copy.leave_out_head, values.before, values.after
+                ),
+                lambda before: jnp.where(copy.leave_out_head, 0, before),
+            )
+    return found
+
+
+def _hidden(copy: Copy, *, has_activation: bool) -> Replacement:
+    def combine(values: LayerValues) -> Array:
+        after = values.after
+        if has_activation:
+            leaky = jax.nn.leaky_relu(values.before, LEAK)
+            after = jnp.where(copy.leaky, leaky, after)
+            entering = values.entering
+            if entering is not None and entering.shape == after.shape:
+                after = jnp.where(copy.skip, after + entering, after)
+        return after
+
+    def guard(before: Array) -> Array:
+        return jnp.where(copy.leaky, 0, before)
+
+    return Replacement(combine, guard if has_activation else lambda before: before)
+
+
+def _network_of(problem: Problem, copy: Copy) -> Callable:
+    return replaced(problem.apply_fn, problem.network, _replacements(problem, copy))
+
+
+def _replaced_loss(problem: Problem, copy: Copy) -> Callable:
+    return replaced(
+        problem.loss_fn,
+        problem.network,
+        _replacements(problem, copy),
+        penalty_scale=copy.penalty_scale,
+    )
+
+
+def _loss_of(problem: Problem, copy: Copy) -> Callable:
+    """Returns ``loss(params, batch, key)`` of a copy."""
+    quiet = _replaced_loss(problem, copy)
+    if problem.train_loss_fn is None:
+        return lambda params, batch, key: quiet(params, batch)
+    noisy = replaced(
+        problem.train_loss_fn,
+        problem.network,
+        _replacements(problem, copy),
+        penalty_scale=copy.penalty_scale,
+    )
+    return lambda params, batch, key: jax.lax.cond(
+        copy.noise,
+        lambda: noisy(params, batch, key),
+        lambda: quiet(params, batch).astype(jnp.result_type(float)),
+    )
+
+
+def _quality(
+    problem: Problem, apply_fn: Callable, params: Params, batch: tuple
+) -> Array:
+    if problem.kind is None:
+        return jnp.float32(jnp.nan)
+    inputs, targets = batch
+    return quality(apply_fn(params, inputs), targets, problem.kind)

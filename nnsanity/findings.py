@@ -98,3 +98,47 @@ def listed(names: Iterable[str], *, limit: int = 4) -> str:
     if len(names) <= limit:
         return ", ".join(names)
     return f"{', '.join(names[:limit])} and {len(names) - limit} more"
+
+
+class Effect(NamedTuple):
+    """What a repair did to a short training, beside the original.
+
+    Attributes:
+        repair: what was done, as the subject of a sentence.
+        before: what the original reached, in the unit of ``measure``.
+        after: what the repaired copy reached.
+        measure: what was measured: ``"accuracy"``, ``"share of the variance"``.
+        num_steps: length of both trainings.
+        num_seeds: how many trainings each number is the median of.
+        gain: the difference on a scale from 0, a constant output, to 1, perfect.
+        limit: the gain from which on it counts.
+        is_joint: whether other repairs were in place in both.
+    """
+
+    repair: str
+    before: float
+    after: float
+    measure: str
+    num_steps: int
+    num_seeds: int
+    gain: float
+    limit: float
+    is_joint: bool
+
+
+def caused(finding: Finding, effect: Effect, severity: str) -> Finding:
+    """Turns a suspicion into a cause: the measured effect of its repair goes with it."""
+    place = "With the other repairs in place, " if effect.is_joint else ""
+    words = f"{place}{effect.repair}"
+    sentence = (
+        f"{words[0].upper()}{words[1:]} takes the {effect.measure} after"
+        f" {effect.num_steps} steps from {effect.before:.2f} to {effect.after:.2f}"
+        f" ({effect.num_seeds} seeds)."
+    )
+    known = finding.measured == finding.measured
+    return finding._replace(
+        severity=severity,
+        measured=finding.measured if known else effect.gain,
+        limit=finding.limit if known else effect.limit,
+        message=f"{finding.message} {sentence}",
+    )

@@ -1,198 +1,362 @@
-"""Repairs: what can be changed on a copy, and which suspicion each of them tests."""
+"""Turns suspicions into causes: repairs a copy and trains it beside the original.
 
-from collections.abc import Callable, Sequence
+Single repairs first.  Where none of them is enough, all of them together, and then one
+is taken back at a time: what the repaired program can do without was no cause.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from nnsanity._tree import is_inexact
-from nnsanity._types import Array, PyTree
-from nnsanity.checks import (
-    final_activation,
-    gradients,
-    initialization,
-    learning_rate,
-    normalization,
-)
-from nnsanity.findings import Finding
+from nnsanity._types import Array
+from nnsanity.checks import batch_size, learning_rate
+from nnsanity.findings import Effect, Finding, caused
 from nnsanity.problem import Problem
-from nnsanity.tracing.layers import inspect
-from nnsanity.tracing.replace import penalties
-from nnsanity.trial import Copy
+from nnsanity.repairs import Repair, available_repairs
+from nnsanity.trial import Copy, Outcome, Trial, prepare, train_copies
 
-Change = Callable[[Copy, Array], Copy]
+NUM_SEEDS = 3
+LEARNED = 0.9
+"""Quality from which on a network counts as learning well: nothing is repaired."""
+FAILED = 0.1
+"""Quality up to which a network counts as not learning."""
+MIN_GAIN = 0.1
+"""Gain in quality that a repair must bring (the gap that DeepChecker-style benchmarks
+ask for between a faulty program and its twin)."""
+MIN_SHARE = 0.2
+"""Share of what is missing to a perfect quality that a repair must bring."""
+SUSPICION_BONUS = 0.15
+"""What a suspicion adds to the gain of its repair when causes are ranked."""
+MAX_CAUSES = 3
+MAX_REPAIRED_STEPS = 2000
+SHARED_GROUPS = ("inputs", "targets", "weights", "hidden")
+"""Repairs that are harmless to make together, the most harmless first."""
+
+Progress = Callable[[str], None]
 
 
-class Repair(NamedTuple):
-    """One thing that can be repaired on a copy.
+class Diagnosis(NamedTuple):
+    """What the trial and its interventions showed.
 
     Attributes:
-        name: what is done, as the subject of a sentence.
-        group: repairs of one group exclude each other.
-        change: ``change(copy, key) -> copy``; changes compose.
-        rules: suspicions that it confirms where it helps, the likeliest first.
-        finding: what to say where it helps though nothing was suspected.
+        outcomes: of the user's own program, one for each seed.
+        level: its quality, the median over the seeds.
+        causes: findings with their effects, the largest first.
+        ruled_out: repairs that did not help.
+        skipped: what was not tried, and why.
     """
 
-    name: str
-    group: str
-    change: Change
-    rules: tuple[str, ...]
-    finding: Finding
+    outcomes: tuple[Outcome, ...]
+    level: float
+    causes: tuple[Finding, ...]
+    ruled_out: tuple[str, ...]
+    skipped: dict[str, str]
 
 
-def available_repairs(problem: Problem) -> tuple[Repair, ...]:
-    """Lists the repairs that make sense for a problem."""
-    return (
-        *_input_repairs(problem),
-        *_target_repairs(problem),
-        *_rate_repairs(),
-        *_weight_repairs(problem),
-        *_head_repairs(problem),
-        *_hidden_repairs(problem),
-        *_regularization_repairs(problem),
+class _Arm(NamedTuple):
+    """A set of repairs and how far it came, one number for each seed."""
+
+    repairs: tuple[Repair, ...]
+    levels: np.ndarray
+    held_out: np.ndarray
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def level(self) -> float:
+        return float(np.median(self.levels))
+
+
+class _Lab(NamedTuple):
+    """What is needed to train arms."""
+
+    problem: Problem
+    trial: Trial
+    other_trial: Trial | None
+    keys: tuple[Array, ...]
+    start_loss: float
+    progress: Progress
+
+
+def train_original(problem: Problem, trial: Trial, key: Array) -> tuple[Outcome, ...]:
+    """Trains the user's own program with several seeds."""
+    del problem
+    return tuple(train_copies(trial, [(trial.plain, one) for one in _keys(key)]))
+
+
+def _keys(key: Array) -> tuple[Array, ...]:
+    return tuple(jax.random.fold_in(key, seed) for seed in range(NUM_SEEDS))
+
+
+def level_of(problem: Problem, outcome: Outcome, start_loss: float) -> float:
+    """Returns how much was learned: 0 is a constant output, 1 is perfect.
+
+    The mean of the qualities on examples that were trained on and on others, each the
+    median of the last three marks.  Where outputs can't be compared with targets, the
+    share by which the loss fell.
+    """
+    if problem.kind is not None:
+        seen, held_out = _last(outcome.seen_quality), _last(outcome.quality)
+        return (seen + held_out) / 2
+    end = _last(outcome.losses)
+    if not np.isfinite(end) or not np.isfinite(start_loss):
+        return -1.0
+    return float(np.clip((start_loss - end) / max(abs(start_loss), 1e-6), -1, 1))
+
+
+def _last(curve: Array) -> float:
+    return float(np.median(np.asarray(curve)[-3:]))
+
+
+def intervene(
+    problem: Problem,
+    trial: Trial,
+    outcomes: tuple[Outcome, ...],
+    suspicions: Sequence[Finding],
+    *,
+    key: Array,
+    split_key: Array,
+    progress: Progress,
+) -> Diagnosis:
+    """Repairs copies of a program that does not learn well and trains them beside it.
+
+    Costs one training per repair, three for each one that seems to help, and about
+    twenty more where no single one is enough.
+
+    Args:
+        problem: with an optimizer.
+        trial: as ``prepare`` returns.
+        outcomes: of the original, as ``train_original`` returns with the same key.
+        suspicions: findings whose rules say what to try first.
+        key: the same as that of the original, so that both see the same batches.
+        split_key: as given to ``prepare``.
+        progress: called with a line of text now and then.
+    """
+    lab = _Lab(
+        problem,
+        trial,
+        _other_trial(problem, trial, split_key),
+        _keys(key),
+        float(outcomes[0].losses[0]),
+        progress,
     )
+    original = _arm(lab, (), outcomes)
+    if original.level >= LEARNED:
+        return Diagnosis(outcomes, original.level, (), (), {})
+    repairs = available_repairs(problem)
+    suspected = {finding.rule: finding for finding in suspicions}
+    singles = _helpful_singles(lab, original, repairs, suspected)
+    best = max((arm.level for arm in singles), default=original.level)
+    joint: list[tuple[_Arm, _Arm]] = []
+    if best < LEARNED - MIN_GAIN:
+        joint = _joint_causes(lab, original, repairs, best)
+    pairs = joint or [(original, arm) for arm in singles]
+    causes = _ranked(lab, original, pairs, suspected, is_joint=len(joint) > 1)
+    helped = {repair.name for _, arm in pairs for repair in arm.repairs}
+    ruled_out = tuple(one.name for one in repairs if one.name not in helped)
+    return Diagnosis(outcomes, original.level, causes, ruled_out, {})
 
 
-def _input_repairs(problem: Problem) -> tuple[Repair, ...]:
-    leaves = jax.tree.leaves(problem.inputs)
-    if problem.tokens or not all(leaf.size for leaf in leaves):
-        return ()
-    moments = jax.tree.map(
-        lambda leaf: normalization.normalization(leaf, groups=_groups(problem, leaf)),
-        problem.inputs,
-    )
-    is_one = lambda node: isinstance(node, normalization.Normalization)  # noqa: E731
-    parts = jax.tree.map(lambda one: _affine_of(problem, one), moments, is_leaf=is_one)
-    is_pair = lambda node: isinstance(node, tuple) and len(node) == 2  # noqa: E731
-    shift = jax.tree.map(lambda pair: pair[0], parts, is_leaf=is_pair)
-    scale = jax.tree.map(lambda pair: pair[1], parts, is_leaf=is_pair)
-    return (
-        Repair(
-            "standardizing the inputs",
-            "inputs",
-            lambda copy, key: copy._replace(input_shift=shift, input_scale=scale),
-            (
-                "normalization/unnormalized-inputs",
-                "normalization/scale-disparity",
-                "normalization/double-normalized",
-            ),
-            normalization.unstandardized(
-                jax.tree.leaves(moments, is_leaf=is_one)[0], "inputs"
-            ),
-        ),
-    )
+def _other_trial(problem: Problem, trial: Trial, key: Array) -> Trial | None:
+    """The trial at another batch size, for the same number of examples."""
+    if not batch_size.suspected(problem.batch_size, problem.size):
+        return None
+    examples = trial.num_steps * max(trial.batch_size, batch_size.USUAL)
+    num_steps = min(examples // batch_size.USUAL, MAX_REPAIRED_STEPS)
+    return prepare(problem, key, num_steps=num_steps, batch_size=batch_size.USUAL)
 
 
-def _groups(problem: Problem, leaf: Array) -> tuple[int, ...] | None:
-    return problem.groups if leaf.ndim > 1 else None
-
-
-def _affine_of(
-    problem: Problem, measured: normalization.Normalization
-) -> tuple[Array, Array]:
-    """Returns what to subtract and divide by, feature by feature."""
-    shift = measured.moments.mean
-    scale = jnp.where(measured.constant, 1, measured.moments.deviation)
-    if problem.groups is not None and shift.ndim:
-        numbers = sorted(set(problem.groups))
-        index = jnp.array([numbers.index(group) for group in problem.groups])
-        shift, scale = shift[index], scale[index]
-    return shift, scale
-
-
-def _target_repairs(problem: Problem) -> tuple[Repair, ...]:
-    if problem.kind != "numbers":
-        return ()
-    measured = normalization.normalization(problem.targets)
-    shift, scale = measured.moments.mean, measured.moments.deviation
-    scale = jnp.where(measured.constant, 1, scale)
-    return (
-        Repair(
-            "standardizing the targets",
-            "targets",
-            lambda copy, key: copy._replace(target_shift=shift, target_scale=scale),
-            ("normalization/unnormalized-targets",),
-            normalization.unstandardized(measured, "targets"),
-        ),
-    )
-
-
-def _rate_repairs() -> tuple[Repair, ...]:
-    return tuple(_rate_repair(factor) for factor in learning_rate.RATE_FACTORS)
-
-
-def _rate_repair(factor: float) -> Repair:
-    lower = ("learning-rate/diverges", "learning-rate/too-high")
-    words = f"{factor:g} times the learning rate"
-    return Repair(
-        words,
-        "rate",
-        lambda copy, key: copy._replace(update_scale=jnp.float32(factor)),
-        lower if factor < 1 else ("learning-rate/too-low",),
-        learning_rate.wrong_rate(factor),
-    )
-
-
-def _weight_repairs(problem: Problem) -> tuple[Repair, ...]:
-    drawn = [one for one in problem.network.layers if one.layer.kind != "embedding"]
-    if not drawn:
-        return ()
-
-    def redraw(copy: Copy, key: Array) -> Copy:
-        params = initialization.redrawn(problem.network, copy.params, key)
-        return copy._replace(params=params)
-
-    return (
-        Repair(
-            "drawing fresh weights of the usual size",
-            "weights",
-            redraw,
-            ("initialization/off-scale", "initialization/large-bias"),
-            initialization.off_scale(drawn[0]),
-        ),
-    )
-
-
-def _head_repairs(problem: Problem) -> tuple[Repair, ...]:
-    if problem.head is None or problem.head.activation is None:
-        return ()
-    return (
-        Repair(
-            "leaving out the last activation",
-            "head",
-            lambda copy, key: copy._replace(leave_out_head=jnp.asarray(True)),
-            ("final-activation/unreachable-targets",),
-            final_activation.harmful_head(problem.head),
-        ),
-    )
-
-
-def _hidden_repairs(problem: Problem) -> tuple[Repair, ...]:
-    hidden = [
-        one
-        for one in problem.network.layers
-        if one.activation is not None and one is not problem.head
+def _arm(lab: _Lab, repairs: tuple[Repair, ...], outcomes: Sequence[Outcome]) -> _Arm:
+    levels = [level_of(lab.problem, one, lab.start_loss) for one in outcomes]
+    held_out = [
+        _last(one.quality) if lab.problem.kind is not None else level
+        for one, level in zip(outcomes, levels, strict=True)
     ]
-    if not hidden:
-        return ()
-    names = sorted({one.layer.activation or "" for one in hidden})
-    return (
-        Repair(
-            f"a leaky ReLU in the place of {' and '.join(names)}",
-            "hidden",
-            lambda copy, key: copy._replace(leaky=jnp.asarray(True)),
-            (
-                "gradients/dead-units",
-                "gradients/vanishing",
-                "gradients/nonfinite",
-                "gradients/exploding",
-            ),
-            gradients.harmful_activation(hidden),
-        ),
+    return _Arm(repairs, np.array(levels), np.array(held_out), tuple(outcomes))
+
+
+def _train(lab: _Lab, repairs: Sequence[Repair], *, seeds: int) -> _Arm:
+    """Trains the program with some repairs, from the first seeds."""
+    sizes = [one.batch_size for one in repairs if one.batch_size is not None]
+    trial = lab.other_trial if sizes and lab.other_trial is not None else lab.trial
+    copies = []
+    for key in lab.keys[:seeds]:
+        copy: Copy = trial.plain
+        for repair in repairs:
+            copy = repair.change(copy, key)
+        copies.append((copy, key))
+    return _arm(lab, tuple(repairs), train_copies(trial, copies))
+
+
+def _gain(before: _Arm, after: _Arm) -> float:
+    """How much better a copy learned; memorizing alone does not count."""
+    seeds = min(len(before.levels), len(after.levels))
+    gains = after.levels[:seeds] - before.levels[:seeds]
+    held_out = after.held_out[:seeds] - before.held_out[:seeds]
+    return float(min(np.median(gains), 2 * np.median(held_out)))
+
+
+def _needed(before: _Arm) -> float:
+    return max(MIN_GAIN, MIN_SHARE * (1 - max(before.level, 0.0)))
+
+
+def _helps(before: _Arm, after: _Arm) -> bool:
+    """Tells whether a copy learned clearly better, and from every seed."""
+    seeds = min(len(before.levels), len(after.levels))
+    gains = after.levels[:seeds] - before.levels[:seeds]
+    return _gain(before, after) >= _needed(before) and bool((gains > 0).all())
+
+
+def _helpful_singles(
+    lab: _Lab,
+    original: _Arm,
+    repairs: Iterable[Repair],
+    suspected: Mapping[str, Finding],
+) -> list[_Arm]:
+    """Returns the single repairs that help from every seed, one of each group."""
+    best: dict[str, _Arm] = {}
+    ordered = sorted(repairs, key=lambda one: not set(one.rules) & set(suspected))
+    for repair in ordered:
+        arm = _train(lab, (repair,), seeds=1)
+        lab.progress(f"{repair.name}: {original.level:.2f} -> {arm.level:.2f}")
+        if not _helps(original, arm):
+            continue
+        arm = _train(lab, (repair,), seeds=NUM_SEEDS)
+        rival = best.get(repair.group)
+        if _helps(original, arm) and (rival is None or arm.level > rival.level + 0.02):
+            best[repair.group] = arm
+    return list(best.values())
+
+
+def _joint_causes(
+    lab: _Lab, original: _Arm, repairs: Sequence[Repair], best: float
+) -> list[tuple[_Arm, _Arm]]:
+    """Repairs everything at once and finds out which repairs are needed.
+
+    Returns:
+        For each needed repair the arm without it and the arm with all of them; empty
+        where repairing everything is no better than the best single repair.
+    """
+    chosen: _Arm | None = None
+    for repaired in _combinations(repairs):
+        arm = _train(lab, repaired, seeds=1)
+        if chosen is None or arm.level > chosen.level + 0.02:
+            chosen = arm
+    if chosen is None or chosen.level < best + _needed(original):
+        return []
+    names = ", ".join(one.name for one in chosen.repairs)
+    lab.progress(f"together, {names}: {original.level:.2f} -> {chosen.level:.2f}")
+    needed = _without_needless(lab, chosen)
+    full = _train(lab, needed, seeds=NUM_SEEDS)
+    if not _helps(original, full):
+        return []
+    if len(needed) == 1:
+        return [(original, full)]
+    return [
+        (_train(lab, _but(needed, one), seeds=NUM_SEEDS), full._replace(repairs=(one,)))
+        for one in needed
+    ]
+
+
+def _combinations(repairs: Sequence[Repair]) -> list[tuple[Repair, ...]]:
+    """Lists growing sets of repairs, each at several rates."""
+    by_group = {group: [r for r in repairs if r.group == group] for group in SHARED_GROUPS}
+    growing: list[tuple[Repair, ...]] = [()]
+    for group in SHARED_GROUPS:
+        if by_group[group]:
+            growing.append((*growing[-1], by_group[group][0]))
+    heads = [one for one in repairs if one.group == "head"]
+    sets = growing[2:] or growing[1:]
+    sets += [(*growing[-1], head) for head in heads]
+    sets += [(growing[1][0], head) for head in heads] if len(growing) > 1 else []
+    rates = [one for one in repairs if one.group == "rate" and one.name != "100"]
+    return [(*one, *rate) for one in sets for rate in ((), *((r,) for r in rates))]
+
+
+def _but(repairs: tuple[Repair, ...], left_out: Repair) -> tuple[Repair, ...]:
+    return tuple(one for one in repairs if one is not left_out)
+
+
+def _without_needless(lab: _Lab, arm: _Arm) -> tuple[Repair, ...]:
+    """Takes back one repair after the other, as long as the copy learns as well."""
+    needed, level = arm.repairs, arm.level
+    for repair in reversed(arm.repairs):
+        rest = _but(needed, repair)
+        if rest and _train(lab, rest, seeds=1).level >= level - MIN_GAIN / 2:
+            needed = rest
+    return needed
+
+
+def _ranked(
+    lab: _Lab,
+    original: _Arm,
+    pairs: Sequence[tuple[_Arm, _Arm]],
+    suspected: Mapping[str, Finding],
+    *,
+    is_joint: bool,
+) -> tuple[Finding, ...]:
+    """Words the causes, the ones with the largest effect and a suspicion first."""
+    scored = []
+    for before, after in pairs:
+        (repair,) = after.repairs
+        gain = _gain(before, after)
+        rule = next((rule for rule in repair.rules if rule in suspected), None)
+        finding = repair.finding if rule is None else suspected[rule]
+        if repair.group == "rate":
+            finding = _rate_finding(repair, original, suspected)
+            rule = finding.rule if finding.rule in suspected else None
+        effect = _effect(lab, repair, before, after, gain, is_joint=is_joint)
+        severity = "error" if original.level <= FAILED else "warning"
+        bonus = 0.0 if rule is None else SUSPICION_BONUS
+        scored.append((gain + bonus, caused(finding, effect, severity)))
+    scored.sort(key=lambda pair: -pair[0])
+    return tuple(finding for _, finding in scored[:MAX_CAUSES])
+
+
+def _rate_finding(
+    repair: Repair, original: _Arm, suspected: Mapping[str, Finding]
+) -> Finding:
+    """Says by how much the rate is wrong, with what its losses showed."""
+    finding = repair.finding
+    diverged = suspected.get("learning-rate/diverges")
+    if finding.rule == "learning-rate/too-low" or diverged is None:
+        return finding
+    del original
+    return diverged._replace(message=f"{diverged.message} {finding.message}")
+
+
+def _effect(
+    lab: _Lab, repair: Repair, before: _Arm, after: _Arm, gain: float, *, is_joint: bool
+) -> Effect:
+    measure, to_unit = unit_of(lab.problem)
+    return Effect(
+        repair.name,
+        to_unit(before.level),
+        to_unit(after.level),
+        measure,
+        lab.trial.num_steps,
+        NUM_SEEDS,
+        gain,
+        _needed(before),
+        is_joint,
     )
 
 
-def _regularization_repairs(problem: Problem) -> tuple[Repair, ...]:
-    return ()
+def unit_of(problem: Problem) -> tuple[str, Callable[[float], float]]:
+    """Returns what quality is called for a problem, and how to write it."""
+    if problem.kind is None:
+        return "share by which the loss fell", lambda level: level
+    if problem.kind == "numbers":
+        return "explained share of the variance", lambda level: level
+    targets = np.asarray(problem.targets)
+    if problem.kind == "one-hot":
+        targets = targets.reshape(len(targets), -1).argmax(axis=-1)
+    _, counts = np.unique(targets, return_counts=True)
+    chance = counts.max() / counts.sum()
+    return "accuracy", lambda level: max(chance + level * (1 - chance), 0.0)
+
+
+def rate_suspicions(outcomes: Sequence[Outcome]) -> tuple[Finding, ...]:
+    """Says what the losses of the original tell about its rate."""
+    return learning_rate.judge_losses(np.asarray(outcomes[0].batch_losses))

@@ -25,6 +25,7 @@ MIN_EXAMPLES_TO_HOLD_OUT = 100
 MAX_EVALUATED = 1000
 NUM_MARKS = 10
 """At how many times a trial is evaluated after its start."""
+HEAD_KEPT, HEAD_LEFT_OUT, HEAD_SQUASHED = range(3)
 LEAK = 0.1
 """Slope on the left of the leaky ReLU that stands in for a hidden activation."""
 
@@ -40,7 +41,8 @@ class Copy(NamedTuple):
         target_scale: what they are divided by then.
         update_scale: float32[], factor of every update: 10 trains at ten times the rate.
         penalty_scale: float32[], factor of the penalties inside the loss.
-        leave_out_head: bool[], whether the last activation is left out.
+        head: int32[], what becomes of the last activation: ``HEAD_KEPT``,
+            ``HEAD_LEFT_OUT`` or ``HEAD_SQUASHED``, softmax or sigmoid in its place.
         leaky: bool[], whether hidden activations are replaced by leaky ReLU.
         skip: bool[], whether layers add their input to their output where that fits.
         noise: bool[], whether it trains on ``train_loss_fn``.
@@ -53,7 +55,7 @@ class Copy(NamedTuple):
     target_scale: Array
     update_scale: Array
     penalty_scale: Array
-    leave_out_head: Array
+    head: Array
     leaky: Array
     skip: Array
     noise: Array
@@ -132,7 +134,7 @@ def plain(problem: Problem) -> Copy:
         target_scale=one,
         update_scale=one,
         penalty_scale=one,
-        leave_out_head=no,
+        head=jnp.int32(HEAD_KEPT),
         leaky=no,
         skip=no,
         noise=jnp.asarray(problem.train_loss_fn is not None),
@@ -192,11 +194,7 @@ def _train(
         on_seen = _prepared(problem, copy, take_examples(data, seen_evaluated))
         on_held_out = _prepared(problem, copy, take_examples(data, held_out))
         loss = _replaced_loss(problem, copy)(params, on_seen)
-        return (
-            in_float32(loss),
-            _quality(problem, apply_fn, params, on_seen),
-            _quality(problem, apply_fn, params, on_held_out),
-        )
+        return (in_float32(loss), *_qualities(problem, apply_fn, params, on_seen, on_held_out))
 
     def mark(state: tuple, now: tuple) -> tuple[tuple, tuple]:
         state, losses = jax.lax.scan(step, state, now)
@@ -265,33 +263,37 @@ def _replacements(problem: Problem, copy: Copy) -> dict[str, Replacement]:
     head = None if problem.head is None else problem.head.layer.name
     found = {}
     for one in problem.network.layers:
-        if one.layer.name != head:
-            found[one.layer.name] = _hidden(copy, has_activation=one.activation is not None)
+        if one.layer.name == head:
+            found[one.layer.name] = _head(problem, copy)
         elif one.activation is not None:
-            found[one.layer.name] = Replacement(
-                lambda values: jnp.where(
-                    copy.leave_out_head, values.before, values.after
-                ),
-                lambda before: jnp.where(copy.leave_out_head, 0, before),
-            )
+            found[one.layer.name] = _hidden(copy)
     return found
 
 
-def _hidden(copy: Copy, *, has_activation: bool) -> Replacement:
+def _head(problem: Problem, copy: Copy) -> Replacement:
+    squash = jax.nn.sigmoid if problem.kind == "binary" else jax.nn.softmax
+
     def combine(values: LayerValues) -> Array:
-        after = values.after
-        if has_activation:
-            leaky = jax.nn.leaky_relu(values.before, LEAK)
-            after = jnp.where(copy.leaky, leaky, after)
-            entering = values.entering
-            if entering is not None and entering.shape == after.shape:
-                after = jnp.where(copy.skip, after + entering, after)
-        return after
+        left_out = jnp.where(copy.head == HEAD_LEFT_OUT, values.before, values.after)
+        if problem.kind in (None, "numbers"):
+            return left_out
+        return jnp.where(copy.head == HEAD_SQUASHED, squash(values.before), left_out)
 
-    def guard(before: Array) -> Array:
-        return jnp.where(copy.leaky, 0, before)
+    return Replacement(
+        combine, lambda before: jnp.where(copy.head == HEAD_KEPT, before, 0)
+    )
 
-    return Replacement(combine, guard if has_activation else lambda before: before)
+
+def _hidden(copy: Copy) -> Replacement:
+    def combine(values: LayerValues) -> Array:
+        leaky = jax.nn.leaky_relu(values.before, LEAK)
+        after = jnp.where(copy.leaky, leaky, values.after)
+        entering = values.entering
+        if entering is None or entering.shape != after.shape:
+            return after
+        return jnp.where(copy.skip, after + entering, after)
+
+    return Replacement(combine, lambda before: jnp.where(copy.leaky, 0, before))
 
 
 def _network_of(problem: Problem, copy: Copy) -> Callable:
@@ -325,10 +327,17 @@ def _loss_of(problem: Problem, copy: Copy) -> Callable:
     )
 
 
-def _quality(
-    problem: Problem, apply_fn: Callable, params: Params, batch: tuple
-) -> Array:
+def _qualities(
+    problem: Problem, apply_fn: Callable, params: Params, *batches: tuple
+) -> list[Array]:
+    """Returns the quality on each batch, from one pass over all of them."""
     if problem.kind is None:
-        return jnp.float32(jnp.nan)
-    inputs, targets = batch
-    return quality(apply_fn(params, inputs), targets, problem.kind)
+        return [jnp.float32(jnp.nan) for _ in batches]
+    inputs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(b[0] for b in batches))
+    outputs = apply_fn(params, inputs)
+    ends = np.cumsum([len(jax.tree.leaves(batch[0])[0]) for batch in batches])
+    parts = jnp.split(outputs, ends[:-1])
+    return [
+        quality(part, batch[1], problem.kind)
+        for part, batch in zip(parts, batches, strict=True)
+    ]

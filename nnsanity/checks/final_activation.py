@@ -88,7 +88,7 @@ def judge_reach(measured: Reachable, where: str) -> tuple[Finding, ...]:
     """Says which targets no parameters can reach."""
     host = jax.device_get(measured)
     if host.constant:
-        return (_constant(where, float(host.low)),)
+        return (constant_output(where, float(host.low)),)
     fraction = float(host.fraction)
     if not fraction > 0:
         return ()
@@ -110,7 +110,8 @@ def judge_reach(measured: Reachable, where: str) -> tuple[Finding, ...]:
     )
 
 
-def _constant(where: str, value: float) -> Finding:
+def constant_output(where: str, value: float) -> Finding:
+    """The finding that nothing can change the output."""
     return Finding(
         "final-activation/constant-output",
         7,
@@ -125,20 +126,47 @@ def _constant(where: str, value: float) -> Finding:
     )
 
 
-def harmful_head(one: Located) -> Finding:
-    """The finding that leaving out the last activation helps."""
+def harmful_head(one: Located, kind: str | None) -> Finding:
+    """The finding that leaving out the last activation helps.
+
+    Args:
+        one: the last layer.
+        kind: how targets and outputs belong together.
+    """
     name = one.layer.activation or "none"
-    is_rectified = one.activation is not None and len(one.activation.flat_values) == 1
-    is_clipped = one.activation is not None and len(one.activation.flat_values) > 1
-    slug = "relu-head" if is_rectified else "clipped-output" if is_clipped else "saturated"
+    num_flat = 0 if one.activation is None else len(one.activation.flat_values)
+    slug = {0: "saturated", 1: "relu-head"}.get(num_flat, "clipped-output")
+    if name in ("softmax", "sigmoid", "log_softmax") and kind not in (None, "numbers"):
+        slug = "logits-expected"
     return Finding(
         f"final-activation/{slug}",
         7,
         "info",
         one.layer.name,
-        np.nan,
-        np.nan,
+        math.nan,
+        math.nan,
         f"The last activation ({name}) keeps the network from learning.",
         "Leave it out; for classes give the logits to a loss that takes logits, as"
+        " optax.softmax_cross_entropy.",
+    )
+
+
+def unsquashed_head(one: Located, wanted: str) -> Finding:
+    """The finding that the outputs have to be made probabilities.
+
+    Args:
+        one: the last layer.
+        wanted: ``"a sigmoid"`` or ``"a softmax"``.
+    """
+    name = one.layer.activation or "no activation"
+    return Finding(
+        "final-activation/probabilities-expected",
+        7,
+        "info",
+        one.layer.name,
+        math.nan,
+        math.nan,
+        f"The loss wants probabilities, and the last layer ends in {name}.",
+        f"End it in {wanted}, or keep the logits and use a loss that takes logits, as"
         " optax.softmax_cross_entropy.",
     )

@@ -16,7 +16,8 @@ import numpy as np
 from nnsanity._tree import in_float32, inexact_leaves, is_inexact, leaf_names
 from nnsanity._types import ApplyFn, Array, Params, PyTree
 from nnsanity.findings import Finding, listed, number
-from nnsanity.tracing.layers import inspect
+from nnsanity.tracing.layers import Located, inspect
+from nnsanity.tracing.reach import Cut, Reach
 from nnsanity.tracing.tap import Taps, evaluate
 
 DEAD_LIMIT = 0.1
@@ -250,6 +251,26 @@ def _vanishing(
     ]
 
 
+def harmful_activation(first: Located, names: list[str]) -> Finding:
+    """The finding that other hidden activations learn, though no gradient looked bad.
+
+    Args:
+        first: the first layer that has one of them.
+        names: of the hidden activations.
+    """
+    saturates = first.activation is not None and first.activation.saturates
+    return Finding(
+        f"gradients/{'vanishing' if saturates else 'dead-units'}",
+        8,
+        "info",
+        first.layer.name,
+        math.nan,
+        math.nan,
+        f"The hidden activations ({', '.join(names)}) do not pass the gradient on.",
+        "Use jax.nn.leaky_relu or jax.nn.elu for the hidden layers.",
+    )
+
+
 def judge_dead_units(measured: DeadUnits, num_examples: int) -> tuple[Finding, ...]:
     """Says which layers have dead units."""
     host = jax.device_get(measured)
@@ -275,4 +296,56 @@ def _dead(name: str, mask: np.ndarray, fraction: float, num_examples: int) -> Fi
         "Start the biases at zero and the weights from"
         " jax.nn.initializers.he_normal(), normalize the inputs, or use"
         " jax.nn.leaky_relu.",
+    )
+
+
+def judge_reach(measured: Reach) -> tuple[Finding, ...]:
+    """Says which parameters no gradient can reach."""
+    findings = []
+    by_cuts: dict[tuple[Cut, ...], list[str]] = {}
+    for name, differentiable, cuts in zip(
+        measured.names, measured.differentiable, measured.cuts, strict=True
+    ):
+        if cuts and not differentiable:
+            by_cuts.setdefault(cuts, []).append(name)
+    for cuts, names in by_cuts.items():
+        findings.append(_blocked(cuts, names, len(measured.names)))
+    unused = [
+        name
+        for name, connected in zip(measured.names, measured.connected, strict=True)
+        if not connected
+    ]
+    if unused:
+        findings.append(_disconnected(unused))
+    return tuple(findings)
+
+
+def _blocked(cuts: tuple[Cut, ...], names: list[str], num_leaves: int) -> Finding:
+    operations = sorted({cut.operation for cut in cuts})
+    # Stopping a gradient on purpose is how target networks and frozen parts are written.
+    is_deliberate = operations == ["stop_gradient"]
+    return Finding(
+        "gradients/blocked",
+        8,
+        "info" if is_deliberate else "error",
+        cuts[0].where,
+        float(len(names)),
+        0.0,
+        f"Every path from {listed(names)} to the loss passes {' or '.join(operations)},"
+        f" which has no gradient: {len(names)} of {num_leaves} parameters never learn.",
+        "Leave the operation out of the path to the loss, or pass the gradient around"
+        " it: x + jax.lax.stop_gradient(f(x) - x).",
+    )
+
+
+def _disconnected(names: list[str]) -> Finding:
+    return Finding(
+        "gradients/disconnected-parameter",
+        8,
+        "info",
+        listed(names),
+        float(len(names)),
+        0.0,
+        f"The loss does not use {len(names)} of the parameters.",
+        "Look for a layer whose result is thrown away, or leave the parameter out.",
     )

@@ -146,32 +146,54 @@ def _is_bias(network: Network, one: Located, leaf: int) -> bool:
     return bool(uses) and all(step.eqn.primitive.name == "add" for step in uses)
 
 
-def judge_scale(stats: WeightStats, network: Network) -> tuple[Finding, ...]:
-    """Says whether weights are off scale, and whether the signal shows it."""
+class Scale(NamedTuple):
+    """The layer whose weights are furthest from the size that it needs.
+
+    Attributes:
+        layer: the layer.
+        ratio: its gain in units of the one that it needs; healthy is within [0.5, 2].
+        change: size of the last layer's signal in units of the first's; healthy is
+            within [0.1, 10].
+    """
+
+    layer: Located
+    ratio: float
+    change: float
+
+
+def worst_scale(stats: WeightStats, network: Network) -> Scale | None:
+    """Finds the layer whose weights are furthest from the size that it needs."""
     host = jax.device_get(stats)
-    drawn = [one for one in network.layers if one.layer.kind != "embedding"]
-    if not drawn or not len(host.gain):
-        return ()
-    ratios = [
-        float(gain) / needed_gain(one)
-        for gain, one in zip(host.gain, network.layers, strict=True)
+    ratios = {
+        index: float(host.gain[index]) / needed_gain(one)
+        for index, one in enumerate(network.layers)
         if one.layer.kind != "embedding"
-    ]
-    worst = int(np.argmax(np.abs(np.log(np.maximum(ratios, 1e-12)))))
-    off = not 1 / GAIN_FACTOR <= ratios[worst] <= GAIN_FACTOR
+    }
+    if not ratios:
+        return None
+    worst = max(ratios, key=lambda index: abs(math.log(max(ratios[index], 1e-12))))
     first, last = float(host.signal[0]), float(host.signal[-1])
     change = last / first if first > 0 else 0.0
-    moved = not 1 / SIGNAL_FACTOR <= change <= SIGNAL_FACTOR
-    if not (off and (moved or not math.isfinite(change) or len(drawn) == 1)):
+    return Scale(network.layers[worst], ratios[worst], change)
+
+
+def judge_scale(worst: Scale | None, *, num_layers: int) -> tuple[Finding, ...]:
+    """Suspects weights that are off scale where the signal shows it."""
+    if worst is None:
         return ()
-    return (off_scale(network, drawn[worst], ratios[worst], change),)
+    off = not 1 / GAIN_FACTOR <= worst.ratio <= GAIN_FACTOR
+    moved = not 1 / SIGNAL_FACTOR <= worst.change <= SIGNAL_FACTOR
+    return (off_scale(*worst),) if off and (moved or num_layers == 1) else ()
 
 
-def off_scale(
-    network: Network, one: Located, ratio: float = math.nan, change: float = math.nan
-) -> Finding:
-    """The finding that the weights of a layer have the wrong size."""
-    del network
+def off_scale(one: Located, ratio: float, change: float) -> Finding:
+    """The finding that the weights of a layer have the wrong size.
+
+    Args:
+        one: the layer.
+        ratio: its gain in units of the one that it needs.
+        change: size of the last layer's signal in units of the first's.
+    """
     name = "he_normal" if needed_gain(one) > 1 else "lecun_normal"
     return Finding(
         "initialization/off-scale",
@@ -181,7 +203,7 @@ def off_scale(
         ratio,
         GAIN_FACTOR,
         f"The weights of {one.layer.name} are {number(ratio)} times as large as a"
-        f" network before {one.layer.activation or 'a linear output'} needs; the signal"
+        f" layer before {one.layer.activation or 'a linear output'} needs, and the signal"
         f" changes by a factor of {number(change)} from the first layer to the last.",
         f"Draw them from jax.nn.initializers.{name}(), as Flax's kernel_init argument,"
         " and start the biases at zero.",

@@ -297,6 +297,15 @@ def judge_inputs(measured: Normalization, *, name: str = "inputs") -> tuple[Find
     return tuple(findings)
 
 
+def unstandardized(measured: Normalization, name: str) -> Finding:
+    """The finding that standardizing helps, though no single number looked bad."""
+    host = jax.tree.map(np.atleast_1d, jax.device_get(measured))
+    size = float(np.sqrt(np.mean(host.root_mean_square**2)))
+    return _unnormalized(name, host, size)._replace(
+        rule=f"normalization/unnormalized-{name}"
+    )
+
+
 def _nonfinite(moments: Moments, rule: str, name: str) -> Sequence[Finding]:
     bad = np.atleast_1d(moments.nonfinite)
     if not bad.any():
@@ -427,6 +436,11 @@ def judge_targets(measured: Normalization, output_size: float) -> tuple[Finding,
             )
         )
     return tuple(findings)
+
+
+def judge_finite_targets(moments: Moments) -> tuple[Finding, ...]:
+    """Says whether targets that are not plain numbers hold a NaN."""
+    return tuple(_nonfinite(jax.device_get(moments), "nonfinite-target", "targets"))
 
 
 def judge_split(training: Moments, held_out: Moments) -> tuple[Finding, ...]:

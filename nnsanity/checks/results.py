@@ -6,15 +6,14 @@ the loss nor an affine change of the targets touches.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nnsanity._tree import in_float32
-from nnsanity._types import Array, Params, PyTree
+from nnsanity._types import Array, PyTree
 from nnsanity.findings import Finding, number
 
 START_LIMIT = 3.0
@@ -22,8 +21,6 @@ START_LIMIT = 3.0
 "verify loss @ init"; TheDeepChecker asks for the same)."""
 CONSTANT_LIMIT = 0.05
 """Quality up to which outputs count as no better than a constant."""
-PAIRING_LIMIT = 1e-4
-"""Relative change of the loss under which it does not feel a shuffle of the targets."""
 
 
 def kind_of_targets(outputs: PyTree, targets: PyTree) -> str | None:
@@ -177,73 +174,23 @@ def perfect_outputs(
     return tuple(jnp.asarray(one) for one in (truth, *(signs * k for k in (2, 5, 20))))
 
 
-class Pairing(NamedTuple):
-    """Whether the loss depends on which output meets which target.
-
-    Attributes:
-        loss: float32[].
-        shuffled: float32[], the loss with the targets in another order.
-        output_spread: float32[], deviation of the outputs over the examples.
-        target_spread: float32[], deviation of the targets over the examples.
-    """
-
-    loss: Array
-    shuffled: Array
-    output_spread: Array
-    target_spread: Array
-
-
-def pairing(
-    apply_fn: Callable, loss_fn: Callable, params: Params, batch: PyTree
-) -> Pairing:
-    """Measures whether the loss feels it when the targets are dealt out anew.
-
-    A loss that compares every output with every target, as ``(N,) - (N, 1)`` does,
-    stays the same to the last digit.  Costs three forward passes.
-
-    Args:
-        apply_fn: ``apply_fn(params, inputs) -> outputs``.
-        loss_fn: ``loss_fn(params, (inputs, targets)) -> scalar``.
-        params: any pytree of arrays.
-        batch: ``(inputs, targets)``.
-    """
-    inputs, targets = batch
-    rolled = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), targets)
-    return Pairing(
-        loss_fn(params, (inputs, targets)),
-        loss_fn(params, (inputs, rolled)),
-        _spread(apply_fn(params, inputs)),
-        _spread(targets),
-    )
-
-
-def _spread(tree: PyTree) -> Array:
-    spreads = [jnp.std(in_float32(leaf), axis=0).max() for leaf in jax.tree.leaves(tree)]
-    return jnp.max(jnp.stack(spreads))
-
-
-def judge_pairing(measured: Pairing, where: str) -> tuple[Finding, ...]:
-    """Says whether the loss compares each output with its own target."""
-    loss, shuffled, output_spread, target_spread = map(float, measured)
-    size = max(abs(loss), 1e-6)
-    varies = output_spread > 1e-3 and target_spread > 0
-    change = abs(shuffled - loss) / size
-    if not varies or not math.isfinite(loss) or change > PAIRING_LIMIT:
-        return ()
-    return (
+def judge_meeting(places: Sequence[str]) -> tuple[Finding, ...]:
+    """Says where outputs meet the targets of other examples."""
+    return tuple(
         Finding(
             "results/broadcast-loss",
             2,
             "error",
-            where,
-            change,
-            PAIRING_LIMIT,
-            f"The loss stays {number(loss)} when the targets are given to other"
-            " examples: it compares every output with every target, so the best that"
-            " the network can learn is a constant.",
-            "Print the shapes of outputs and targets inside of the loss. (N,) against"
-            " (N, 1) makes (N, N): reshape one of them to the other.",
-        ),
+            place,
+            1.0,
+            0.0,
+            "The loss compares every output with the targets of all examples: the batch"
+            " lies on one axis of the outputs and on another of the targets. The best"
+            " that the network can learn is a constant.",
+            "Print the shapes of outputs and targets there. (N,) against (N, 1) makes"
+            " (N, N): reshape one of them to the other.",
+        )
+        for place in places
     )
 
 

@@ -4,15 +4,49 @@ All of it happens while tracing: in a jitted function, what is neither read nor 
 costs nothing.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 
-from nnsanity._types import Array, PyTree
+from nnsanity._types import ApplyFn, Array, Params, PyTree
 from nnsanity.tracing import compat
 from nnsanity.tracing.compat import Equation, Jaxpr, Program
+from nnsanity.tracing.layers import inspect
 from nnsanity.tracing.steps import Site
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def activations(
+    apply_fn: ApplyFn, params: Params, inputs: PyTree
+) -> dict[str, Array]:
+    """Returns what every layer puts out, after its nonlinearity.
+
+    Costs one forward pass and the memory of all activations.  Dictionaries come out of
+    a jitted function sorted by key: ask ``layers`` for the order of execution.
+
+    Args:
+        apply_fn: ``apply_fn(params, inputs) -> outputs``.
+        params: any pytree of arrays.
+        inputs: leading axis the examples.
+
+    Returns:
+        The values by layer name, of the shapes that the network computes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"w": jnp.array([[1.0, -1.0]])}
+        >>> apply_fn = lambda params, x: jax.nn.relu(x @ params["w"])
+        >>> activations(apply_fn, params, jnp.array([[2.0]]))
+        {'w': Array([[2., 0.]], dtype=float32)}
+    """
+    network = inspect(apply_fn, params, inputs)
+    sites = {network.site(one.after): one.layer.name for one in network.layers}
+    taps = Taps(read=dict.fromkeys(sites, lambda value: value))
+    leaves = jax.tree.leaves((params, inputs))
+    _, collected = evaluate(network.program, leaves, taps)
+    return {sites[site]: value for site, value in collected.items()}
 
 
 class Taps(NamedTuple):

@@ -1,0 +1,56 @@
+"""nnsanity: finds out why a neural network does not train, in any JAX code."""
+
+from nnsanity._tree import leaf_names
+from nnsanity.checks.final_activation import Reachable, reachable
+from nnsanity.checks.gradients import (
+    DeadUnits,
+    GradientStats,
+    dead_units,
+    gradient_stats,
+)
+from nnsanity.checks.initialization import WeightStats, weight_stats
+from nnsanity.checks.normalization import (
+    Moments,
+    Normalization,
+    feature_moments,
+    merge_moments,
+    normalization,
+    z_scores,
+)
+from nnsanity.checkup import checkup
+from nnsanity.findings import DiagnosisError, Finding
+from nnsanity.lint import lint
+from nnsanity.report import Report
+from nnsanity.tracing.bounds import Bounds, output_bounds
+from nnsanity.tracing.layers import Layer, layers
+from nnsanity.tracing.tap import activations
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Bounds",
+    "DeadUnits",
+    "DiagnosisError",
+    "Finding",
+    "GradientStats",
+    "Layer",
+    "Moments",
+    "Normalization",
+    "Reachable",
+    "Report",
+    "WeightStats",
+    "activations",
+    "checkup",
+    "dead_units",
+    "feature_moments",
+    "gradient_stats",
+    "layers",
+    "leaf_names",
+    "lint",
+    "merge_moments",
+    "normalization",
+    "output_bounds",
+    "reachable",
+    "weight_stats",
+    "z_scores",
+]

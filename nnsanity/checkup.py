@@ -1,0 +1,435 @@
+"""Runs the checklist on one problem: read, measure, train, repair, judge."""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nnsanity._tree import inexact_leaves
+from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree, TrainLossFn
+from nnsanity.checks import (
+    final_activation,
+    gradients,
+    initialization,
+    normalization,
+    regularization,
+    results,
+)
+from nnsanity.findings import ITEMS, SEVERITIES, Finding
+from nnsanity.interventions import (
+    FAILED,
+    LEARNED,
+    Diagnosis,
+    intervene,
+    rate_suspicions,
+    train_original,
+    unit_of,
+)
+from nnsanity.lint import lint
+from nnsanity.problem import Problem, checked_problem
+from nnsanity.report import Report
+from nnsanity.tracing.bounds import output_bounds
+from nnsanity.tracing.replace import Replacement, replaced
+from nnsanity.trial import prepare
+
+MAX_MEASURED = 1000
+"""Examples that the untrained network is measured on."""
+
+NOT_YET = {
+    "preprocessing": "item 3 is not built yet",
+    "width": "item 11 is not built yet",
+}
+
+
+def checkup(
+    apply_fn: ApplyFn,
+    loss_fn: LossFn,
+    params: Params,
+    data: tuple[PyTree, PyTree],
+    *,
+    key: Array,
+    optimizer: optax.GradientTransformation | None = None,
+    batch_size: int = 32,
+    num_steps: int = 300,
+    train_loss_fn: TrainLossFn | None = None,
+    validation: tuple[PyTree, PyTree] | None = None,
+    groups: Sequence[int] | None = None,
+    invariances: Sequence[Any] = (),
+    interventions: bool = True,
+    limits: Mapping[str, float] | None = None,
+    ignore: Collection[str] = (),
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Examines a network that does not train, and says why.
+
+    Reads the program, looks at the data and at the untrained network, trains it for
+    ``num_steps`` from three seeds, and where it does not learn well, repairs the
+    suspects on copies and trains those beside it: what a repair changes is a cause.
+    Nothing that is given is changed.
+
+    Costs three trainings of ``num_steps`` for a network that learns, and ten to fifty
+    for one that does not; each as fast as a compiled loop runs.
+
+    Args:
+        apply_fn: ``apply_fn(params, inputs) -> outputs``, in evaluation mode.
+        loss_fn: ``loss_fn(params, (inputs, targets)) -> scalar``, without noise.
+        params: the untrained parameters, any pytree of arrays.
+        data: ``(inputs, targets)``, leading axis the examples.
+        key: a PRNG key; consumed.
+        optimizer: the optax transformation that you train with.  Without it nothing is
+            trained, and suspicions stay suspicions.
+        batch_size: examples in one of your steps.
+        num_steps: how many steps you train for; the trial never runs longer.
+        train_loss_fn: ``train_loss_fn(params, batch, key) -> scalar`` with dropout on.
+        validation: held-out ``(inputs, targets)``, prepared as you prepare them.
+        groups: one number for each input feature; features of one group share their
+            mean and deviation.
+        invariances: transforms that keep the meaning; not used yet.
+        interventions: whether to repair and train copies.
+        limits: other limits, by rule: ``{"results/start-loss": 10.0}``.
+        ignore: rules not to report.
+        progress: called with a line of text now and then; ``print`` will do.
+
+    Returns:
+        A ``Report``: ``print(report)`` shows it, ``report.findings`` holds what was
+        found.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if arguments do not fit each other; the text names the argument.
+
+    Example:
+        >>> inputs = jax.random.normal(jax.random.key(0), (200, 3))
+        >>> targets = inputs @ jnp.array([1.0, -2.0, 0.5]) - 5.0
+        >>> apply_fn = lambda params, x: jax.nn.relu(x @ params["w"] + params["b"])
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean((apply_fn(params, batch[0]) - batch[1]) ** 2)
+        >>> params = {"w": jnp.ones(3), "b": jnp.zeros(())}
+        >>> report = checkup(
+        ...     apply_fn, loss_fn, params, (inputs, targets),
+        ...     key=jax.random.key(1), optimizer=optax.sgd(0.1), num_steps=100,
+        ... )
+        >>> report.findings[0].rule
+        'final-activation/unreachable-targets'
+
+    References:
+        D. Holden, "My Neural Network isn't working! What should I do?" (2017).
+    """
+    tell = progress or (lambda line: None)
+    problem = checked_problem(
+        apply_fn,
+        loss_fn,
+        params,
+        data,
+        key=key,
+        optimizer=optimizer,
+        batch_size=batch_size,
+        num_steps=num_steps,
+        train_loss_fn=train_loss_fn,
+        validation=validation,
+        groups=groups,
+    )
+    book = _Book(dict(limits or {}))
+    book.skipped |= NOT_YET
+    if invariances:
+        book.skipped["invariances"] = "not built yet"
+    tell("reading the program")
+    _read(problem, book)
+    tell("measuring the data and the untrained network")
+    _measure_data(problem, book)
+    _measure_network(problem, book)
+    diagnosis = _train(problem, book, key, tell, interventions=interventions)
+    findings = _in_order(book.findings, diagnosis, set(ignore))
+    summary = _summary(problem, diagnosis, book)
+    ruled_out = () if diagnosis is None else diagnosis.ruled_out
+    return Report(findings, book.measurements, book.skipped, summary, ruled_out)
+
+
+class _Book:
+    """What has been found so far."""
+
+    def __init__(self, limits: dict[str, float]) -> None:
+        self.limits = limits
+        self.findings: list[Finding] = []
+        self.measurements: dict[str, Any] = {}
+        self.skipped: dict[str, str] = {}
+
+    def limit(self, rule: str, default: float) -> float:
+        return self.limits.get(rule, default)
+
+
+def _read(problem: Problem, book: _Book) -> None:
+    """Reads the program: proofs, and what could not be looked into."""
+    batch = problem.batch(slice(problem.batch_size))
+    book.findings += lint(
+        problem.loss_fn, problem.params, batch, apply_fn=problem.apply_fn
+    )
+    book.measurements["layers"] = tuple(one.layer for one in problem.network.layers)
+    for name, reason in problem.network.uninspected.items():
+        book.skipped[f"layer {name}"] = reason
+    if not problem.network.layers:
+        book.skipped["layers"] = "no weight meets the inputs in a product or look-up"
+    if problem.kind is None:
+        book.skipped["final-activation"] = (
+            "outputs and targets differ in shape, or are not single arrays of numbers;"
+            " learning is told by the loss alone"
+        )
+    elif problem.kind != "classes":
+        _judge_reach(problem, book, batch)
+
+
+def _judge_reach(problem: Problem, book: _Book, batch: tuple) -> None:
+    bounds = output_bounds(problem.apply_fn, problem.params, batch[0])
+    measured = final_activation.reachable(bounds, problem.targets)
+    book.measurements["reachable"] = measured
+    where = problem.head.layer.name if problem.head is not None else "apply_fn"
+    if not bool(measured.constant):  # which lint has said already
+        book.findings += final_activation.judge_reach(measured, where)
+
+
+def _measure_data(problem: Problem, book: _Book) -> None:
+    if problem.tokens:
+        book.skipped["normalization of the inputs"] = "they are indices of an embedding"
+    else:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(problem.inputs):
+            name = f"inputs{jax.tree_util.keystr(path)}"
+            groups = problem.groups if leaf.ndim > 1 else None
+            measured = normalization.normalization(leaf, groups=groups)
+            book.measurements[name] = measured
+            book.findings += normalization.judge_inputs(measured, name=name)
+    if problem.validation is not None and not problem.tokens:
+        pairs = zip(
+            jax.tree.leaves(problem.inputs),
+            jax.tree.leaves(problem.validation[0]),
+            strict=True,
+        )
+        for ours, theirs in pairs:
+            both = (normalization.feature_moments(leaf) for leaf in (ours, theirs))
+            book.findings += normalization.judge_split(*both)
+    if problem.kind == "numbers":
+        measured = normalization.normalization(problem.targets)
+        outputs = problem.apply_fn(problem.params, _some(problem)[0])
+        size = float(jnp.sqrt(jnp.mean(outputs.astype(jnp.float32) ** 2)))
+        book.measurements["targets"] = measured
+        book.findings += normalization.judge_targets(measured, size)
+    else:
+        for leaf in inexact_leaves(problem.targets):
+            moments = normalization.feature_moments(leaf)
+            book.findings += normalization.judge_finite_targets(moments)
+
+
+def _some(problem: Problem) -> tuple[PyTree, PyTree]:
+    return problem.batch(slice(MAX_MEASURED))
+
+
+def _measure_network(problem: Problem, book: _Book) -> None:
+    """Measures the untrained network on one large batch."""
+    batch = _some(problem)
+    loss, grads = jax.jit(jax.value_and_grad(problem.loss_fn, allow_int=True))(
+        problem.params, batch
+    )
+    stats = gradients.gradient_stats(_floats(problem.params, grads))
+    dead = gradients.dead_units(problem.apply_fn, problem.params, batch[0])
+    weights = initialization.weight_stats(problem.apply_fn, problem.params, batch[0])
+    book.measurements |= {
+        "gradients": stats,
+        "dead_units": dead,
+        "weights": weights,
+        "loss_at_start": np.asarray(loss),
+    }
+    constant = constant_loss(problem, batch)
+    book.measurements["constant_loss"] = constant
+    limit = book.limit("results/start-loss", results.START_LIMIT)
+    book.findings += results.judge_start(float(loss), constant, limit)
+    by_layer = {one.layer.name: one.weight for one in problem.network.layers}
+    book.findings += gradients.judge_gradients(stats, problem.params, by_layer)
+    num_examples = jax.tree.leaves(batch[0])[0].shape[0]
+    book.findings += gradients.judge_dead_units(dead, num_examples)
+    worst = initialization.worst_scale(weights, problem.network)
+    book.findings += initialization.judge_scale(
+        worst, num_layers=len(problem.network.layers)
+    )
+
+
+def _floats(params: Params, grads: PyTree) -> PyTree:
+    """Leaves out the gradients of integers, which are of no dtype that has numbers."""
+    return [
+        grad
+        for leaf, grad in zip(
+            jax.tree.leaves(params), jax.tree.leaves(grads), strict=True
+        )
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    ]
+
+
+def constant_loss(problem: Problem, batch: tuple[PyTree, PyTree]) -> float:
+    """Returns the loss of the best constant output; NaN where it can't be told."""
+    if problem.kind is None or problem.head is None:
+        return math.nan
+    shape = jax.eval_shape(problem.apply_fn, problem.params, batch[0]).shape[1:]
+    outputs = results.constant_outputs(shape, np.asarray(batch[1]), problem.kind)
+    losses = jax.jit(jax.vmap(lambda one: _loss_of_outputs(problem, batch, one)))(
+        outputs
+    )
+    finite = np.asarray(losses)[np.isfinite(losses)]
+    return float(finite.min()) if finite.size else math.nan
+
+
+def _loss_of_outputs(
+    problem: Problem, batch: tuple[PyTree, PyTree], outputs: Array
+) -> Array:
+    """Returns the loss of given outputs, one example's or a whole batch of them."""
+
+    def put(values: Any) -> Array:
+        after = values.after
+        whole = outputs.size == after.size
+        shape = after.shape if whole else (1, *after.shape[1:])
+        return jnp.broadcast_to(outputs.reshape(shape), after.shape).astype(after.dtype)
+
+    name = problem.head.layer.name if problem.head is not None else ""
+    replacements = {name: Replacement(put, jnp.zeros_like)}
+    return replaced(problem.loss_fn, problem.network, replacements)(
+        problem.params, batch
+    )
+
+
+def perfect_loss(problem: Problem, batch: tuple[PyTree, PyTree]) -> float:
+    """Returns the loss of outputs that say what the targets say, the least of several."""
+    if problem.kind is None or problem.head is None:
+        return math.nan
+    shape = jax.eval_shape(problem.apply_fn, problem.params, batch[0]).shape[1:]
+    truths = results.perfect_outputs(shape, np.asarray(batch[1]), problem.kind)
+    losses = jax.jit(jax.vmap(lambda one: _loss_of_outputs(problem, batch, one)))(
+        jnp.stack(truths)
+    )
+    finite = np.asarray(losses)[np.isfinite(losses)]
+    return float(finite.min()) if finite.size else math.nan
+
+
+def _train(
+    problem: Problem,
+    book: _Book,
+    key: Array,
+    tell: Callable[[str], None],
+    *,
+    interventions: bool,
+) -> Diagnosis | None:
+    """Trains the network as it is, and repaired where it does not learn well."""
+    if problem.optimizer is None:
+        book.skipped["trial"] = "no optimizer was given; suspicions stay suspicions"
+        return None
+    if _has_nonfinite(problem):
+        book.skipped["trial"] = "NaN or infinity in the parameters or the data"
+        return None
+    split_key, train_key = jax.random.split(key)
+    tell(f"training for {problem.num_steps} steps")
+    trial = prepare(
+        problem,
+        split_key,
+        num_steps=problem.num_steps,
+        batch_size=problem.batch_size,
+    )
+    outcomes = train_original(problem, trial, train_key)
+    book.measurements["trial"] = outcomes
+    book.findings += rate_suspicions(outcomes)
+    if not interventions:
+        book.skipped["interventions"] = "switched off"
+        return None
+    diagnosis = intervene(
+        problem,
+        trial,
+        outcomes,
+        book.findings,
+        key=train_key,
+        split_key=split_key,
+        progress=tell,
+    )
+    _judge_outcomes(problem, book, diagnosis)
+    return diagnosis
+
+
+def _has_nonfinite(problem: Problem) -> bool:
+    leaves = inexact_leaves((problem.params, problem.inputs, problem.targets))
+    return not all(bool(jnp.isfinite(leaf).all()) for leaf in leaves)
+
+
+def _judge_outcomes(problem: Problem, book: _Book, diagnosis: Diagnosis) -> None:
+    """Says what only the training shows: symmetry, a wrong loss, memorizing."""
+    batch, outcome = _some(problem), diagnosis.outcomes[0]
+    finite = all(np.isfinite(leaf).all() for leaf in inexact_leaves(outcome.params))
+    if finite and problem.network.layers:
+        end = initialization.weight_stats(problem.apply_fn, outcome.params, batch[0])
+        start = book.measurements["weights"]
+        book.findings += initialization.judge_symmetry(start, end, problem.network)
+    book.findings += results.judge_wrong_loss(
+        perfect=perfect_loss(problem, batch),
+        reached=float(outcome.losses[-1]),
+        start=float(outcome.losses[0]),
+        explained=diagnosis.level,
+        learned=FAILED,
+    )
+    book.findings += regularization.judge_overfitting(
+        outcome.seen_quality, outcome.quality
+    )
+    if diagnosis.level <= FAILED and not _has_error(book, diagnosis):
+        constant = book.measurements["constant_loss"]
+        reached = float(outcome.losses[-1])
+        if not reached < 0.95 * constant:
+            book.findings.append(
+                results.no_better_than_constant(
+                    diagnosis.level, problem.num_steps, diagnosis.ruled_out
+                )
+            )
+
+
+def _has_error(book: _Book, diagnosis: Diagnosis) -> bool:
+    found = (*book.findings, *diagnosis.causes)
+    return any(finding.severity != "info" for finding in found)
+
+
+def _in_order(
+    findings: Sequence[Finding], diagnosis: Diagnosis | None, ignored: set[str]
+) -> tuple[Finding, ...]:
+    """Puts proofs first, then causes by their effect, then the rest by severity.
+
+    A network that learns well gets no warning about what did it no harm, and a
+    suspicion that became a cause is told once.
+    """
+    causes = () if diagnosis is None else diagnosis.causes
+    told = {finding.rule for finding in causes}
+    rest = [finding for finding in findings if finding.rule not in told]
+    proofs = [finding for finding in rest if finding.severity == "error"]
+    promoted = [
+        finding
+        for finding in causes
+        if any(one.rule == finding.rule and one.severity == "error" for one in findings)
+    ]
+    ordered = [
+        *promoted,
+        *proofs,
+        *(finding for finding in causes if finding not in promoted),
+        *(finding for finding in rest if finding.severity != "error"),
+    ]
+    ordered.sort(key=lambda finding: SEVERITIES.index(finding.severity))
+    return tuple(finding for finding in ordered if finding.rule not in ignored)
+
+
+def _summary(problem: Problem, diagnosis: Diagnosis | None, book: _Book) -> str:
+    """One sentence on how the network learned."""
+    if diagnosis is None:
+        why = book.skipped.get("trial") or book.skipped.get("interventions", "")
+        return f"Not trained: {why}."
+    measure, to_unit = unit_of(problem)
+    level = diagnosis.level
+    verdict = (
+        "learns" if level >= LEARNED else "does not learn" if level <= FAILED else "learns a little"
+    )
+    return (
+        f"The network {verdict}: {measure} {to_unit(level):.2f} after"
+        f" {problem.num_steps} steps on {problem.size} examples"
+        f" ({len(ITEMS) - len(NOT_YET)} of {len(ITEMS)} items checked)."
+    )

@@ -1,0 +1,68 @@
+"""Finds what is wrong with a program by reading it, before a step is run."""
+
+import jax
+
+from nnsanity._types import ApplyFn, LossFn, Params, PyTree
+from nnsanity.checks import final_activation, gradients, results
+from nnsanity.findings import Finding
+from nnsanity.tracing.batch_axis import meets_across_batch
+from nnsanity.tracing.bounds import output_bounds
+from nnsanity.tracing.layers import inspect
+from nnsanity.tracing.reach import reach
+
+
+def lint(
+    loss_fn: LossFn, params: Params, batch: PyTree, *, apply_fn: ApplyFn | None = None
+) -> tuple[Finding, ...]:
+    """Reads a loss and says what can be proved to be wrong with it.
+
+    Finds parameters that no gradient reaches (``gradients/blocked``) or that nothing
+    uses (``gradients/disconnected-parameter``), outputs that meet the targets of other
+    examples (``results/broadcast-loss``), and outputs that are the same whatever the
+    parameters are (``final-activation/constant-output``).  Costs three traces and no
+    arithmetic.
+
+    Args:
+        loss_fn: ``loss_fn(params, batch) -> scalar``.
+        params: any pytree of arrays or of ``jax.ShapeDtypeStruct``.
+        batch: any pytree of arrays or shapes; where it is a pair, ``batch[1]`` are the
+            targets.
+        apply_fn: the network alone; the rule about its output needs it.
+
+    Returns:
+        The findings, proofs first.
+
+    Raises:
+        ValueError: if ``loss_fn`` does not return a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean((jnp.round(batch[0] @ params["w"]) - batch[1]) ** 2)
+        >>> batch = jnp.ones((8, 3)), jnp.ones(8)
+        >>> [one.rule for one in lint(loss_fn, {"w": jnp.ones(3)}, batch)]
+        ['gradients/blocked']
+    """
+    findings = [*gradients.judge_reach(reach(loss_fn, params, batch))]
+    is_pair = isinstance(batch, tuple | list) and len(batch) == 2
+    if is_pair:
+        places = meets_across_batch(loss_fn, params, tuple(batch))
+        findings += results.judge_meeting(places)
+    if apply_fn is not None:
+        inputs = batch[0] if is_pair else batch
+        findings += _lint_outputs(apply_fn, params, inputs)
+    return tuple(sorted(findings, key=lambda one: one.severity != "error"))
+
+
+def _lint_outputs(
+    apply_fn: ApplyFn, params: Params, inputs: PyTree
+) -> tuple[Finding, ...]:
+    bounds = output_bounds(apply_fn, params, inputs)
+    lows, highs = jax.tree.leaves(bounds.low), jax.tree.leaves(bounds.high)
+    network = inspect(apply_fn, params, inputs)
+    where = network.layers[-1].layer.name if network.layers else "apply_fn"
+    return tuple(
+        final_activation.constant_output(where, float(low.reshape(-1)[0]))
+        for low, high in zip(lows, highs, strict=True)
+        if low.size and bool((low == high).all())
+    )

@@ -1,0 +1,271 @@
+"""Repairs: what can be changed on a copy, and which suspicion each of them tests."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nnsanity._types import Array
+from nnsanity.checks import (
+    batch_size,
+    depth,
+    final_activation,
+    gradients,
+    initialization,
+    learning_rate,
+    normalization,
+    regularization,
+)
+from nnsanity.findings import Finding
+from nnsanity.problem import Problem
+from nnsanity.tracing.layers import inspect
+from nnsanity.tracing.replace import penalties
+from nnsanity.trial import HEAD_LEFT_OUT, HEAD_SQUASHED, Copy
+
+Change = Callable[[Copy, Array], Copy]
+
+
+class Repair(NamedTuple):
+    """One thing that can be repaired on a copy.
+
+    Attributes:
+        name: what is done, as the subject of a sentence.
+        group: repairs of one group exclude each other.
+        change: ``change(copy, key) -> copy``; changes compose.
+        rules: suspicions that it confirms where it helps, the likeliest first.
+        finding: what to say where it helps though nothing was suspected.
+        batch_size: of the copy's steps, None for the user's own.
+    """
+
+    name: str
+    group: str
+    change: Change
+    rules: tuple[str, ...]
+    finding: Finding
+    batch_size: int | None = None
+
+
+def available_repairs(problem: Problem) -> tuple[Repair, ...]:
+    """Lists the repairs that make sense for a problem."""
+    return (
+        *_input_repairs(problem),
+        *_target_repairs(problem),
+        *_rate_repairs(),
+        *_weight_repairs(problem),
+        *_head_repairs(problem),
+        *_hidden_repairs(problem),
+        *_regularization_repairs(problem),
+        *_batch_repairs(problem),
+    )
+
+
+def _input_repairs(problem: Problem) -> tuple[Repair, ...]:
+    leaves = jax.tree.leaves(problem.inputs)
+    if problem.tokens or not all(leaf.size for leaf in leaves):
+        return ()
+    moments = jax.tree.map(
+        lambda leaf: normalization.normalization(leaf, groups=_groups(problem, leaf)),
+        problem.inputs,
+    )
+    is_one = lambda node: isinstance(node, normalization.Normalization)  # noqa: E731
+    parts = jax.tree.map(lambda one: _affine_of(problem, one), moments, is_leaf=is_one)
+    is_pair = lambda node: isinstance(node, tuple) and len(node) == 2  # noqa: E731
+    shift = jax.tree.map(lambda pair: pair[0], parts, is_leaf=is_pair)
+    scale = jax.tree.map(lambda pair: pair[1], parts, is_leaf=is_pair)
+    return (
+        Repair(
+            "standardizing the inputs",
+            "inputs",
+            lambda copy, key: copy._replace(input_shift=shift, input_scale=scale),
+            (
+                "normalization/unnormalized-inputs",
+                "normalization/scale-disparity",
+                "normalization/double-normalized",
+            ),
+            normalization.unstandardized(
+                jax.tree.leaves(moments, is_leaf=is_one)[0], "inputs"
+            ),
+        ),
+    )
+
+
+def _groups(problem: Problem, leaf: Array) -> tuple[int, ...] | None:
+    return problem.groups if leaf.ndim > 1 else None
+
+
+def _affine_of(
+    problem: Problem, measured: normalization.Normalization
+) -> tuple[Array, Array]:
+    """Returns what to subtract and divide by, feature by feature."""
+    shift = measured.moments.mean
+    scale = jnp.where(measured.constant, 1, measured.moments.deviation)
+    if problem.groups is not None and shift.ndim:
+        numbers = sorted(set(problem.groups))
+        index = jnp.array([numbers.index(group) for group in problem.groups])
+        shift, scale = shift[index], scale[index]
+    return shift, scale
+
+
+def _target_repairs(problem: Problem) -> tuple[Repair, ...]:
+    if problem.kind != "numbers":
+        return ()
+    measured = normalization.normalization(problem.targets)
+    shift, scale = measured.moments.mean, measured.moments.deviation
+    scale = jnp.where(measured.constant, 1, scale)
+    return (
+        Repair(
+            "standardizing the targets",
+            "targets",
+            lambda copy, key: copy._replace(target_shift=shift, target_scale=scale),
+            ("normalization/unnormalized-targets",),
+            normalization.unstandardized(measured, "targets"),
+        ),
+    )
+
+
+def _rate_repairs() -> tuple[Repair, ...]:
+    return tuple(_rate_repair(factor) for factor in learning_rate.RATE_FACTORS)
+
+
+def _rate_repair(factor: float) -> Repair:
+    lower = ("learning-rate/diverges", "learning-rate/too-high")
+    words = f"{factor:g} times the learning rate"
+    return Repair(
+        words,
+        "rate",
+        lambda copy, key: copy._replace(update_scale=jnp.float32(factor)),
+        lower if factor < 1 else ("learning-rate/too-low",),
+        learning_rate.wrong_rate(factor, diverges=False),
+    )
+
+
+def _weight_repairs(problem: Problem) -> tuple[Repair, ...]:
+    rows = problem.batch(slice(problem.batch_size))[0]
+    stats = initialization.weight_stats(problem.apply_fn, problem.params, rows)
+    worst = initialization.worst_scale(stats, problem.network)
+    if worst is None:
+        return ()
+
+    def redraw(copy: Copy, key: Array) -> Copy:
+        params = initialization.redrawn(problem.network, copy.params, key)
+        return copy._replace(params=params)
+
+    return (
+        Repair(
+            "drawing fresh weights of the usual size",
+            "weights",
+            redraw,
+            ("initialization/off-scale",),
+            initialization.off_scale(*worst),
+        ),
+    )
+
+
+def _head_repairs(problem: Problem) -> tuple[Repair, ...]:
+    head = problem.head
+    if head is None:
+        return ()
+    repairs = []
+    if head.activation is not None:
+        repairs.append(
+            Repair(
+                "leaving out the last activation",
+                "head",
+                lambda copy, key: copy._replace(head=jnp.int32(HEAD_LEFT_OUT)),
+                ("final-activation/unreachable-targets",),
+                final_activation.harmful_head(head, problem.kind),
+            )
+        )
+    if problem.kind in ("classes", "one-hot", "binary"):
+        name = "a sigmoid" if problem.kind == "binary" else "a softmax"
+        repairs.append(
+            Repair(
+                f"{name} as the last activation",
+                "head",
+                lambda copy, key: copy._replace(head=jnp.int32(HEAD_SQUASHED)),
+                ("final-activation/unreachable-targets",),
+                final_activation.unsquashed_head(head, name),
+            )
+        )
+    return tuple(repairs)
+
+
+def _hidden_repairs(problem: Problem) -> tuple[Repair, ...]:
+    hidden = [
+        one
+        for one in problem.network.layers
+        if one.activation is not None and one is not problem.head
+    ]
+    if not hidden:
+        return ()
+    names = sorted({one.layer.activation or "" for one in hidden})
+    repairs = [
+        Repair(
+            f"a leaky ReLU in the place of {' and '.join(names)}",
+            "hidden",
+            lambda copy, key: copy._replace(leaky=jnp.asarray(True)),
+            (
+                "gradients/nonfinite",
+                "gradients/vanishing",
+                "gradients/dead-units",
+                "gradients/exploding",
+            ),
+            gradients.harmful_activation(hidden[0], names),
+        )
+    ]
+    if len(problem.network.layers) > depth.USUAL_DEPTH:
+        repairs.append(
+            Repair(
+                "adding skip connections",
+                "hidden",
+                lambda copy, key: copy._replace(skip=jnp.asarray(True)),
+                (),
+                depth.too_deep(len(problem.network.layers)),
+            )
+        )
+    return tuple(repairs)
+
+
+def _regularization_repairs(problem: Problem) -> tuple[Repair, ...]:
+    repairs = []
+    if problem.train_loss_fn is not None:
+        repairs.append(
+            Repair(
+                "training without the noise",
+                "noise",
+                lambda copy, key: copy._replace(noise=jnp.asarray(False)),
+                (),
+                regularization.too_strong("noise"),
+            )
+        )
+    batch = problem.batch(slice(problem.batch_size))
+    if problem.kind is not None and penalties(
+        inspect(problem.loss_fn, problem.params, batch)
+    ):
+        repairs.append(
+            Repair(
+                "leaving out the penalty",
+                "penalty",
+                lambda copy, key: copy._replace(penalty_scale=jnp.float32(0)),
+                (),
+                regularization.too_strong("penalty"),
+            )
+        )
+    return tuple(repairs)
+
+
+def _batch_repairs(problem: Problem) -> tuple[Repair, ...]:
+    size = problem.size
+    if not batch_size.suspected(problem.batch_size, size):
+        return ()
+    return (
+        Repair(
+            f"batches of {batch_size.USUAL}",
+            "batch",
+            lambda copy, key: copy,
+            (),
+            batch_size.wrong_size(problem.batch_size, size),
+            batch_size.USUAL,
+        ),
+    )

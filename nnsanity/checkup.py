@@ -1,6 +1,5 @@
 """Runs the checklist on one problem: read, measure, train, repair, judge."""
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nnsanity._tree import inexact_leaves
+from nnsanity._tree import inexact_leaves, num_examples
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree, TrainLossFn
 from nnsanity.checks import (
     final_activation,
@@ -19,7 +18,7 @@ from nnsanity.checks import (
     regularization,
     results,
 )
-from nnsanity.findings import ITEMS, SEVERITIES, Finding
+from nnsanity.findings import CONSEQUENCES, ITEMS, Finding
 from nnsanity.interventions import (
     FAILED,
     LEARNED,
@@ -30,14 +29,17 @@ from nnsanity.interventions import (
     unit_of,
 )
 from nnsanity.lint import lint
+from nnsanity.measure import (
+    constant_loss,
+    measure_network,
+    output_size,
+    perfect_loss,
+    some_examples,
+)
 from nnsanity.problem import Problem, checked_problem
 from nnsanity.report import Report
 from nnsanity.tracing.bounds import output_bounds
-from nnsanity.tracing.replace import Replacement, replaced
 from nnsanity.trial import prepare
-
-MAX_MEASURED = 1000
-"""Examples that the untrained network is measured on."""
 
 NOT_YET = {
     "preprocessing": "item 3 is not built yet",
@@ -212,8 +214,7 @@ def _measure_data(problem: Problem, book: _Book) -> None:
             book.findings += normalization.judge_split(*both)
     if problem.kind == "numbers":
         measured = normalization.normalization(problem.targets)
-        outputs = problem.apply_fn(problem.params, _some(problem)[0])
-        size = float(jnp.sqrt(jnp.mean(outputs.astype(jnp.float32) ** 2)))
+        size = output_size(problem, some_examples(problem)[0])
         book.measurements["targets"] = measured
         book.findings += normalization.judge_targets(measured, size)
     else:
@@ -222,92 +223,25 @@ def _measure_data(problem: Problem, book: _Book) -> None:
             book.findings += normalization.judge_finite_targets(moments)
 
 
-def _some(problem: Problem) -> tuple[PyTree, PyTree]:
-    return problem.batch(slice(MAX_MEASURED))
-
-
 def _measure_network(problem: Problem, book: _Book) -> None:
     """Measures the untrained network on one large batch."""
-    batch = _some(problem)
-    loss, grads = jax.jit(jax.value_and_grad(problem.loss_fn, allow_int=True))(
-        problem.params, batch
-    )
-    stats = gradients.gradient_stats(_floats(problem.params, grads))
-    dead = gradients.dead_units(problem.apply_fn, problem.params, batch[0])
-    weights = initialization.weight_stats(problem.apply_fn, problem.params, batch[0])
-    book.measurements |= {
-        "gradients": stats,
-        "dead_units": dead,
-        "weights": weights,
-        "loss_at_start": np.asarray(loss),
-    }
+    batch = some_examples(problem)
+    measured = measure_network(problem, batch)
     constant = constant_loss(problem, batch)
-    book.measurements["constant_loss"] = constant
+    book.measurements |= measured._asdict() | {"constant_loss": constant}
     limit = book.limit("results/start-loss", results.START_LIMIT)
-    book.findings += results.judge_start(float(loss), constant, limit)
+    book.findings += results.judge_start(float(measured.loss), constant, limit)
     by_layer = {one.layer.name: one.weight for one in problem.network.layers}
-    book.findings += gradients.judge_gradients(stats, problem.params, by_layer)
-    num_examples = jax.tree.leaves(batch[0])[0].shape[0]
-    book.findings += gradients.judge_dead_units(dead, num_examples)
-    worst = initialization.worst_scale(weights, problem.network)
+    book.findings += gradients.judge_gradients(
+        measured.gradients, problem.params, by_layer
+    )
+    book.findings += gradients.judge_dead_units(
+        measured.dead_units, num_examples(batch[0])
+    )
+    worst = initialization.worst_scale(measured.weights, problem.network)
     book.findings += initialization.judge_scale(
         worst, num_layers=len(problem.network.layers)
     )
-
-
-def _floats(params: Params, grads: PyTree) -> PyTree:
-    """Leaves out the gradients of integers, which are of no dtype that has numbers."""
-    return [
-        grad
-        for leaf, grad in zip(
-            jax.tree.leaves(params), jax.tree.leaves(grads), strict=True
-        )
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-    ]
-
-
-def constant_loss(problem: Problem, batch: tuple[PyTree, PyTree]) -> float:
-    """Returns the loss of the best constant output; NaN where it can't be told."""
-    if problem.kind is None or problem.head is None:
-        return math.nan
-    shape = jax.eval_shape(problem.apply_fn, problem.params, batch[0]).shape[1:]
-    outputs = results.constant_outputs(shape, np.asarray(batch[1]), problem.kind)
-    losses = jax.jit(jax.vmap(lambda one: _loss_of_outputs(problem, batch, one)))(
-        outputs
-    )
-    finite = np.asarray(losses)[np.isfinite(losses)]
-    return float(finite.min()) if finite.size else math.nan
-
-
-def _loss_of_outputs(
-    problem: Problem, batch: tuple[PyTree, PyTree], outputs: Array
-) -> Array:
-    """Returns the loss of given outputs, one example's or a whole batch of them."""
-
-    def put(values: Any) -> Array:
-        after = values.after
-        whole = outputs.size == after.size
-        shape = after.shape if whole else (1, *after.shape[1:])
-        return jnp.broadcast_to(outputs.reshape(shape), after.shape).astype(after.dtype)
-
-    name = problem.head.layer.name if problem.head is not None else ""
-    replacements = {name: Replacement(put, jnp.zeros_like)}
-    return replaced(problem.loss_fn, problem.network, replacements)(
-        problem.params, batch
-    )
-
-
-def perfect_loss(problem: Problem, batch: tuple[PyTree, PyTree]) -> float:
-    """Returns the loss of outputs that say what the targets say, the least of several."""
-    if problem.kind is None or problem.head is None:
-        return math.nan
-    shape = jax.eval_shape(problem.apply_fn, problem.params, batch[0]).shape[1:]
-    truths = results.perfect_outputs(shape, np.asarray(batch[1]), problem.kind)
-    losses = jax.jit(jax.vmap(lambda one: _loss_of_outputs(problem, batch, one)))(
-        jnp.stack(truths)
-    )
-    finite = np.asarray(losses)[np.isfinite(losses)]
-    return float(finite.min()) if finite.size else math.nan
 
 
 def _train(
@@ -348,6 +282,7 @@ def _train(
         split_key=split_key,
         progress=tell,
     )
+    book.skipped |= diagnosis.skipped
     _judge_outcomes(problem, book, diagnosis)
     return diagnosis
 
@@ -359,11 +294,11 @@ def _has_nonfinite(problem: Problem) -> bool:
 
 def _judge_outcomes(problem: Problem, book: _Book, diagnosis: Diagnosis) -> None:
     """Says what only the training shows: symmetry, a wrong loss, memorizing."""
-    batch, outcome = _some(problem), diagnosis.outcomes[0]
+    batch, outcome = some_examples(problem), diagnosis.outcomes[0]
     finite = all(np.isfinite(leaf).all() for leaf in inexact_leaves(outcome.params))
     if finite and problem.network.layers:
-        end = initialization.weight_stats(problem.apply_fn, outcome.params, batch[0])
-        start = book.measurements["weights"]
+        trained = problem._replace(params=outcome.params)
+        start, end = book.measurements["weights"], measure_network(trained, batch).weights
         book.findings += initialization.judge_symmetry(start, end, problem.network)
     book.findings += results.judge_wrong_loss(
         perfect=perfect_loss(problem, batch),
@@ -394,27 +329,22 @@ def _has_error(book: _Book, diagnosis: Diagnosis) -> bool:
 def _in_order(
     findings: Sequence[Finding], diagnosis: Diagnosis | None, ignored: set[str]
 ) -> tuple[Finding, ...]:
-    """Puts proofs first, then causes by their effect, then the rest by severity.
+    """Puts proofs first, then causes by their effect, then consequences, then notes.
 
-    A network that learns well gets no warning about what did it no harm, and a
-    suspicion that became a cause is told once.
+    A suspicion that became a cause is told once.
     """
     causes = () if diagnosis is None else diagnosis.causes
     told = {finding.rule for finding in causes}
-    rest = [finding for finding in findings if finding.rule not in told]
-    proofs = [finding for finding in rest if finding.severity == "error"]
-    promoted = [
-        finding
-        for finding in causes
-        if any(one.rule == finding.rule and one.severity == "error" for one in findings)
-    ]
-    ordered = [
-        *promoted,
-        *proofs,
-        *(finding for finding in causes if finding not in promoted),
-        *(finding for finding in rest if finding.severity != "error"),
-    ]
-    ordered.sort(key=lambda finding: SEVERITIES.index(finding.severity))
+    proved = {finding.rule for finding in findings if finding.severity == "error"}
+    proved -= CONSEQUENCES
+
+    def rank(finding: Finding) -> int:
+        if finding.rule in proved:
+            return 0
+        return 1 if finding in causes else 2
+
+    ordered = [*causes, *(one for one in findings if one.rule not in told)]
+    ordered.sort(key=lambda one: (one.severity == "info", rank(one)))
     return tuple(finding for finding in ordered if finding.rule not in ignored)
 
 

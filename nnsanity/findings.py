@@ -47,6 +47,16 @@ class Finding(NamedTuple):
     advice: str
 
 
+CONSEQUENCES = frozenset(
+    {
+        "results/nonfinite",
+        "results/no-better-than-constant",
+        "gradients/nonfinite",
+    }
+)
+"""Rules that say what happened and not why: causes come before them."""
+
+
 class DiagnosisError(RuntimeError):
     """Raised by ``Report.raise_for``; ``findings`` holds what was found.
 

@@ -4,6 +4,7 @@ Single repairs first.  Where none of them is enough, all of them together, and t
 is taken back at a time: what the repaired program can do without was no cause.
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,9 @@ MIN_SHARE = 0.2
 SUSPICION_BONUS = 0.15
 """What a suspicion adds to the gain of its repair when causes are ranked."""
 MAX_CAUSES = 3
+BUDGET_SECONDS = 45.0
+"""How long copies may be trained; what was left out then is in ``skipped``."""
+SLOW_SECONDS = 3.0
 MAX_REPAIRED_STEPS = 2000
 SHARED_GROUPS = ("inputs", "targets", "weights", "hidden")
 """Repairs that are harmless to make together, the most harmless first."""
@@ -61,7 +65,6 @@ class _Arm(NamedTuple):
     repairs: tuple[Repair, ...]
     levels: np.ndarray
     held_out: np.ndarray
-    outcomes: tuple[Outcome, ...]
 
     @property
     def level(self) -> float:
@@ -77,12 +80,23 @@ class _Lab(NamedTuple):
     keys: tuple[Array, ...]
     start_loss: float
     progress: Progress
+    deadline: float
 
 
 def train_original(problem: Problem, trial: Trial, key: Array) -> tuple[Outcome, ...]:
-    """Trains the user's own program with several seeds."""
-    del problem
-    return tuple(train_copies(trial, [(trial.plain, one) for one in _keys(key)]))
+    """Trains the user's own program with several seeds.
+
+    Stops after two where a training is long and the network learns well.
+    """
+    outcomes: list[Outcome] = []
+    for one in _keys(key):
+        began = time.monotonic()
+        outcomes += train_copies(trial, [(trial.plain, one)])
+        is_slow = len(outcomes) > 1 and time.monotonic() - began > SLOW_SECONDS
+        start = float(outcomes[0].losses[0])
+        if is_slow and level_of(problem, outcomes[-1], start) >= LEARNED:
+            break
+    return tuple(outcomes)
 
 
 def _keys(key: Array) -> tuple[Array, ...]:
@@ -140,22 +154,30 @@ def intervene(
         _keys(key),
         float(outcomes[0].losses[0]),
         progress,
+        time.monotonic() + BUDGET_SECONDS,
     )
     original = _arm(lab, (), outcomes)
     if original.level >= LEARNED:
         return Diagnosis(outcomes, original.level, (), (), {})
-    repairs = available_repairs(problem)
     suspected = {finding.rule: finding for finding in suspicions}
-    singles = _helpful_singles(lab, original, repairs, suspected)
+    repairs = sorted(
+        available_repairs(problem), key=lambda one: not set(one.rules) & set(suspected)
+    )
+    singles, left_out = _helpful_singles(lab, original, repairs)
     best = max((arm.level for arm in singles), default=original.level)
     joint: list[tuple[_Arm, _Arm]] = []
     if best < LEARNED - MIN_GAIN:
         joint = _joint_causes(lab, original, repairs, best)
     pairs = joint or [(original, arm) for arm in singles]
-    causes = _ranked(lab, original, pairs, suspected, is_joint=len(joint) > 1)
-    helped = {repair.name for _, arm in pairs for repair in arm.repairs}
-    ruled_out = tuple(one.name for one in repairs if one.name not in helped)
-    return Diagnosis(outcomes, original.level, causes, ruled_out, {})
+    causes = _ranked(lab, original, pairs, suspected)
+    helped = {repair.name for arm in (*singles, *(a for _, a in pairs)) for repair in arm.repairs}
+    ruled_out = tuple(
+        one.name for one in repairs if one.name not in helped and one not in left_out
+    )
+    skipped = {one.name: "its training did not fit the budget" for one in left_out}
+    if time.monotonic() > lab.deadline:
+        skipped["repairs together"] = "not all of their trainings fitted the budget"
+    return Diagnosis(outcomes, original.level, causes, ruled_out, skipped)
 
 
 def _other_trial(problem: Problem, trial: Trial, key: Array) -> Trial | None:
@@ -173,7 +195,7 @@ def _arm(lab: _Lab, repairs: tuple[Repair, ...], outcomes: Sequence[Outcome]) ->
         _last(one.quality) if lab.problem.kind is not None else level
         for one, level in zip(outcomes, levels, strict=True)
     ]
-    return _Arm(repairs, np.array(levels), np.array(held_out), tuple(outcomes))
+    return _Arm(repairs, np.array(levels), np.array(held_out))
 
 
 def _train(lab: _Lab, repairs: Sequence[Repair], *, seeds: int) -> _Arm:
@@ -191,10 +213,15 @@ def _train(lab: _Lab, repairs: Sequence[Repair], *, seeds: int) -> _Arm:
 
 def _gain(before: _Arm, after: _Arm) -> float:
     """How much better a copy learned; memorizing alone does not count."""
-    seeds = min(len(before.levels), len(after.levels))
-    gains = after.levels[:seeds] - before.levels[:seeds]
-    held_out = after.held_out[:seeds] - before.held_out[:seeds]
+    held_out = _differences(before.held_out, after.held_out)
+    gains = _differences(before.levels, after.levels)
     return float(min(np.median(gains), 2 * np.median(held_out)))
+
+
+def _differences(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Compares seed by seed; below a constant output all are equally bad."""
+    seeds = min(len(before), len(after))
+    return np.maximum(after[:seeds], 0) - np.maximum(before[:seeds], 0)
 
 
 def _needed(before: _Arm) -> float:
@@ -203,21 +230,23 @@ def _needed(before: _Arm) -> float:
 
 def _helps(before: _Arm, after: _Arm) -> bool:
     """Tells whether a copy learned clearly better, and from every seed."""
-    seeds = min(len(before.levels), len(after.levels))
-    gains = after.levels[:seeds] - before.levels[:seeds]
+    gains = _differences(before.levels, after.levels)
     return _gain(before, after) >= _needed(before) and bool((gains > 0).all())
 
 
 def _helpful_singles(
-    lab: _Lab,
-    original: _Arm,
-    repairs: Iterable[Repair],
-    suspected: Mapping[str, Finding],
-) -> list[_Arm]:
-    """Returns the single repairs that help from every seed, one of each group."""
+    lab: _Lab, original: _Arm, repairs: Iterable[Repair]
+) -> tuple[list[_Arm], list[Repair]]:
+    """Returns the repairs that help from every seed, one of each group.
+
+    And those for which there was no time.
+    """
     best: dict[str, _Arm] = {}
-    ordered = sorted(repairs, key=lambda one: not set(one.rules) & set(suspected))
-    for repair in ordered:
+    left_out = []
+    for repair in repairs:
+        if time.monotonic() > lab.deadline:
+            left_out.append(repair)
+            continue
         arm = _train(lab, (repair,), seeds=1)
         lab.progress(f"{repair.name}: {original.level:.2f} -> {arm.level:.2f}")
         if not _helps(original, arm):
@@ -226,7 +255,7 @@ def _helpful_singles(
         rival = best.get(repair.group)
         if _helps(original, arm) and (rival is None or arm.level > rival.level + 0.02):
             best[repair.group] = arm
-    return list(best.values())
+    return list(best.values()), left_out
 
 
 def _joint_causes(
@@ -240,8 +269,10 @@ def _joint_causes(
     """
     chosen: _Arm | None = None
     for repaired in _combinations(repairs):
+        if time.monotonic() > lab.deadline:
+            break
         arm = _train(lab, repaired, seeds=1)
-        if chosen is None or arm.level > chosen.level + 0.02:
+        if chosen is None or arm.level > chosen.level + MIN_GAIN / 2:
             chosen = arm
     if chosen is None or chosen.level < best + _needed(original):
         return []
@@ -253,10 +284,11 @@ def _joint_causes(
         return []
     if len(needed) == 1:
         return [(original, full)]
-    return [
+    pairs = [
         (_train(lab, _but(needed, one), seeds=NUM_SEEDS), full._replace(repairs=(one,)))
         for one in needed
     ]
+    return [(before, after) for before, after in pairs if _helps(before, after)]
 
 
 def _combinations(repairs: Sequence[Repair]) -> list[tuple[Repair, ...]]:
@@ -270,7 +302,7 @@ def _combinations(repairs: Sequence[Repair]) -> list[tuple[Repair, ...]]:
     sets = growing[2:] or growing[1:]
     sets += [(*growing[-1], head) for head in heads]
     sets += [(growing[1][0], head) for head in heads] if len(growing) > 1 else []
-    rates = [one for one in repairs if one.group == "rate" and one.name != "100"]
+    rates = [one for one in repairs if one.group == "rate"]
     return [(*one, *rate) for one in sets for rate in ((), *((r,) for r in rates))]
 
 
@@ -283,7 +315,7 @@ def _without_needless(lab: _Lab, arm: _Arm) -> tuple[Repair, ...]:
     needed, level = arm.repairs, arm.level
     for repair in reversed(arm.repairs):
         rest = _but(needed, repair)
-        if rest and _train(lab, rest, seeds=1).level >= level - MIN_GAIN / 2:
+        if rest and _train(lab, rest, seeds=1).level >= level - MIN_GAIN:
             needed = rest
     return needed
 
@@ -293,8 +325,6 @@ def _ranked(
     original: _Arm,
     pairs: Sequence[tuple[_Arm, _Arm]],
     suspected: Mapping[str, Finding],
-    *,
-    is_joint: bool,
 ) -> tuple[Finding, ...]:
     """Words the causes, the ones with the largest effect and a suspicion first."""
     scored = []
@@ -306,7 +336,7 @@ def _ranked(
         if repair.group == "rate":
             finding = _rate_finding(repair, original, suspected)
             rule = finding.rule if finding.rule in suspected else None
-        effect = _effect(lab, repair, before, after, gain, is_joint=is_joint)
+        effect = _effect(lab, repair, before, after, gain)
         severity = "error" if original.level <= FAILED else "warning"
         bonus = 0.0 if rule is None else SUSPICION_BONUS
         scored.append((gain + bonus, caused(finding, effect, severity)))
@@ -327,7 +357,7 @@ def _rate_finding(
 
 
 def _effect(
-    lab: _Lab, repair: Repair, before: _Arm, after: _Arm, gain: float, *, is_joint: bool
+    lab: _Lab, repair: Repair, before: _Arm, after: _Arm, gain: float
 ) -> Effect:
     measure, to_unit = unit_of(lab.problem)
     return Effect(
@@ -339,7 +369,7 @@ def _effect(
         NUM_SEEDS,
         gain,
         _needed(before),
-        is_joint,
+        bool(before.repairs),
     )
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nnsanity._tree import in_float32, is_inexact, take_examples
+from nnsanity._tree import accumulation_dtype, in_float32, is_inexact, take_examples
 from nnsanity._types import Array, Params, PyTree
 from nnsanity.checks.results import quality
 from nnsanity.problem import Problem
@@ -126,12 +126,13 @@ def plain(problem: Problem) -> Copy:
     """Returns the user's own program as a copy."""
     no = jnp.asarray(False)
     one = jnp.float32(1)
+    targets = problem.targets if problem.kind == "numbers" else one
     return Copy(
         params=problem.params,
-        input_shift=jax.tree.map(lambda _: jnp.float32(0), problem.inputs),
-        input_scale=jax.tree.map(lambda _: one, problem.inputs),
-        target_shift=jnp.float32(0),
-        target_scale=one,
+        input_shift=jax.tree.map(lambda leaf: _per_feature(leaf, 0), problem.inputs),
+        input_scale=jax.tree.map(lambda leaf: _per_feature(leaf, 1), problem.inputs),
+        target_shift=_per_feature(targets, 0),
+        target_scale=_per_feature(targets, 1),
         update_scale=one,
         penalty_scale=one,
         head=jnp.int32(HEAD_KEPT),
@@ -139,6 +140,12 @@ def plain(problem: Problem) -> Copy:
         skip=no,
         noise=jnp.asarray(problem.train_loss_fn is not None),
     )
+
+
+def _per_feature(values: Array, fill: float) -> Array:
+    """Returns an array of the shape that ``feature_moments`` gives."""
+    shape = values.shape[-1:] if values.ndim > 1 else ()
+    return jnp.full(shape, fill, accumulation_dtype(values))
 
 
 def train_copies(trial: Trial, copies: Sequence[tuple[Copy, Array]]) -> list[Outcome]:

@@ -29,6 +29,7 @@ TARGET_LIMIT = 10.0
 SPLIT_SHIFT, SPLIT_RATIO = 0.5, 2.0
 """How far moments of validation data may lie off, in deviations and as a ratio."""
 _CONSTANT = 1e-6
+_RARE = 20.0  # range in deviations; a normal feature of a million rows has ten
 
 
 class Moments(NamedTuple):
@@ -205,8 +206,9 @@ class Normalization(NamedTuple):
         moments: of each feature.
         root_mean_square: float32[features]; healthy is within [0.1, 10].
         constant: bool[features].
-        scale_disparity: float32[], largest deviation of a feature over the smallest
-            that is not zero; healthy is under 100.
+        scale_disparity: float32[], largest deviation of a feature over the smallest,
+            of those that vary throughout; healthy is under 100.  A pixel at the edge
+            that a few images light up is rare, not of another unit.
     """
 
     moments: Moments
@@ -248,11 +250,18 @@ def _normalization(inputs: Array, groups: tuple[int, ...] | None) -> Normalizati
     if groups is not None:
         moments = _pooled(moments, groups)
     deviation, constant = moments.deviation, moments.is_constant
-    smallest = jnp.min(jnp.where(constant, jnp.inf, deviation))
-    largest = jnp.max(jnp.where(constant, 0, deviation))
+    comparable = _vary_throughout(moments)
+    smallest = jnp.min(jnp.where(comparable, deviation, jnp.inf))
+    largest = jnp.max(jnp.where(comparable, deviation, 0))
     disparity = jnp.where(largest > 0, largest / smallest, 1.0)
     rms = jnp.sqrt(moments.mean**2 + deviation**2)
     return Normalization(moments, rms, constant, disparity)
+
+
+def _vary_throughout(moments: Moments) -> Array:
+    """Tells which features are neither constant nor made of a few rare events."""
+    spread = moments.maximum - moments.minimum
+    return ~moments.is_constant & (spread <= _RARE * moments.deviation)
 
 
 def _pooled(moments: Moments, groups: tuple[int, ...]) -> Moments:
@@ -358,7 +367,7 @@ def _double_normalized(name: str, rms: np.ndarray) -> Finding:
 
 def _disparity(name: str, host: Normalization, disparity: float) -> Finding:
     deviation = np.sqrt(host.moments.square_deviations / host.moments.count.clip(1))
-    varying = np.flatnonzero(~host.constant)
+    varying = np.flatnonzero(_vary_throughout(host.moments))
     order = varying[np.argsort(deviation[varying])]
     small, large = order[0], order[-1]
     return Finding(

@@ -153,15 +153,13 @@ def _shares(shape: tuple[int, ...], targets: np.ndarray, kind: str) -> np.ndarra
     return (targets.reshape(len(targets), -1) > 0).mean(axis=0)
 
 
-def perfect_outputs(
-    shape: Sequence[int], targets: np.ndarray, kind: str
-) -> tuple[Array, ...]:
+def perfect_outputs(shape: Sequence[int], targets: np.ndarray, kind: str) -> Array:
     """Lists outputs that say just what the targets say, for the usual losses.
 
     The targets themselves; for classes also as logits of three temperatures.
 
     Returns:
-        Arrays of shape [examples, ...].
+        float32[candidates, examples, ...].
     """
     if kind == "classes":
         truth = np.eye(shape[-1], dtype=np.float32)[targets.reshape(len(targets), -1)]
@@ -169,9 +167,9 @@ def perfect_outputs(
         truth = np.asarray(targets, np.float32)
     truth = truth.reshape(len(targets), *shape)
     if kind == "numbers":
-        return (jnp.asarray(truth),)
+        return jnp.asarray(truth[None])
     signs = truth if truth.min() < 0 else 2 * truth - 1
-    return tuple(jnp.asarray(one) for one in (truth, *(signs * k for k in (2, 5, 20))))
+    return jnp.stack([truth, *(signs * size for size in (2, 5, 20))])
 
 
 def judge_meeting(places: Sequence[str]) -> tuple[Finding, ...]:

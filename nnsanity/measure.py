@@ -1,0 +1,117 @@
+"""Measures a network on one large batch, and what its loss makes of given outputs."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnsanity._tree import in_float32, is_inexact
+from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree
+from nnsanity.checks import results
+from nnsanity.checks.gradients import (
+    DeadUnits,
+    GradientStats,
+    dead_units,
+    gradient_stats,
+)
+from nnsanity.checks.initialization import WeightStats, weight_stats
+from nnsanity.problem import Problem
+from nnsanity.tracing.replace import LayerValues, Replacement, replaced
+
+MAX_MEASURED = 1000
+"""Examples that a network is measured on."""
+
+
+class NetworkMeasurements(NamedTuple):
+    """What one batch shows of a network.
+
+    Attributes:
+        loss: float32[].
+        gradients: of the loss by each parameter.
+        dead_units: by layer.
+        weights: by layer.
+    """
+
+    loss: Array
+    gradients: GradientStats
+    dead_units: DeadUnits
+    weights: WeightStats
+
+
+def some_examples(problem: Problem) -> tuple[PyTree, PyTree]:
+    """Returns the batch that networks are measured on."""
+    return problem.batch(slice(MAX_MEASURED))
+
+
+def measure_network(
+    problem: Problem, batch: tuple[PyTree, PyTree]
+) -> NetworkMeasurements:
+    """Measures a network on one batch; compiled once for a problem.
+
+    Costs one gradient and two forward passes.
+    """
+    return _measure(problem.apply_fn, problem.loss_fn, problem.params, batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measure(
+    apply_fn: ApplyFn, loss_fn: LossFn, params: Params, batch: tuple[PyTree, PyTree]
+) -> NetworkMeasurements:
+    loss, grads = jax.value_and_grad(loss_fn, allow_int=True)(params, batch)
+    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True)
+    return NetworkMeasurements(
+        loss,
+        gradient_stats([grad for leaf, grad in leaves if is_inexact(leaf)]),
+        dead_units(apply_fn, params, batch[0]),
+        weight_stats(apply_fn, params, batch[0]),
+    )
+
+
+def output_size(problem: Problem, inputs: PyTree) -> float:
+    """Returns the root mean square of what the network puts out."""
+    outputs = jax.jit(problem.apply_fn)(problem.params, inputs)
+    return float(np.sqrt(np.mean(np.asarray(in_float32(outputs)) ** 2)))
+
+
+def constant_loss(problem: Problem, batch: tuple[PyTree, PyTree]) -> float:
+    """Returns the loss of the best constant output; NaN where it can't be told."""
+    return _least_loss(problem, batch, results.constant_outputs)
+
+
+def perfect_loss(problem: Problem, batch: tuple[PyTree, PyTree]) -> float:
+    """Returns the loss of outputs that say what the targets say; NaN where unknown."""
+    return _least_loss(problem, batch, results.perfect_outputs)
+
+
+def _least_loss(
+    problem: Problem, batch: tuple[PyTree, PyTree], candidates: Any
+) -> float:
+    if problem.kind is None or problem.head is None:
+        return math.nan
+    shape = jax.eval_shape(problem.apply_fn, problem.params, batch[0]).shape[1:]
+    outputs = candidates(shape, np.asarray(batch[1]), problem.kind)
+    loss_of = functools.partial(_loss_of_outputs, problem, batch)
+    losses = np.asarray(jax.jit(jax.vmap(loss_of))(outputs))
+    finite = losses[np.isfinite(losses)]
+    return float(finite.min()) if finite.size else math.nan
+
+
+def _loss_of_outputs(
+    problem: Problem, batch: tuple[PyTree, PyTree], outputs: Array
+) -> Array:
+    """Returns the loss of given outputs, those of one example or of a whole batch."""
+
+    def put(values: LayerValues) -> Array:
+        after = values.after
+        is_whole = outputs.size == after.size
+        shape = after.shape if is_whole else (1, *after.shape[1:])
+        return jnp.broadcast_to(outputs.reshape(shape), after.shape).astype(after.dtype)
+
+    name = problem.head.layer.name if problem.head is not None else ""
+    loss_fn = replaced(
+        problem.loss_fn, problem.network, {name: Replacement(put, jnp.zeros_like)}
+    )
+    return loss_fn(problem.params, batch)

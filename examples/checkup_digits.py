@@ -23,6 +23,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, images):
+        """Returns [examples, 10] logits, or what a ReLU leaves of them."""
         hidden = nn.relu(nn.Dense(128)(images))
         hidden = nn.relu(nn.Dense(64)(hidden))
         logits = nn.Dense(10)(hidden)

@@ -9,17 +9,11 @@ from nnsanity.checks.gradients import (
     gradient_stats,
 )
 from nnsanity.checks.initialization import WeightStats, weight_stats
-from nnsanity.checks.normalization import (
-    Moments,
-    Normalization,
-    feature_moments,
-    merge_moments,
-    normalization,
-    z_scores,
-)
+from nnsanity.checks.normalization import Normalization, normalization
 from nnsanity.checkup import checkup
 from nnsanity.findings import DiagnosisError, Finding
 from nnsanity.lint import lint
+from nnsanity.moments import Moments, feature_moments, merge_moments, z_scores
 from nnsanity.report import Report
 from nnsanity.tracing.bounds import Bounds, output_bounds
 from nnsanity.tracing.layers import Layer, layers

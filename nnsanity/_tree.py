@@ -64,7 +64,7 @@ def num_examples(tree: PyTree) -> int:
     return int(np.shape(jax.tree.leaves(tree)[0])[0])
 
 
-def take_examples(tree: PyTree, rows: Array | slice) -> PyTree:
+def take_examples(tree: PyTree, rows: Array | np.ndarray | slice) -> PyTree:
     """Selects rows of the leading axis of every leaf."""
     return jax.tree.map(lambda leaf: leaf[rows], tree)
 

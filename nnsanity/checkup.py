@@ -14,20 +14,14 @@ from nnsanity.checks import (
     final_activation,
     gradients,
     initialization,
+    learning_rate,
     normalization,
     regularization,
     results,
 )
 from nnsanity.findings import CONSEQUENCES, ITEMS, Finding
-from nnsanity.interventions import (
-    FAILED,
-    LEARNED,
-    Diagnosis,
-    intervene,
-    rate_suspicions,
-    train_original,
-    unit_of,
-)
+from nnsanity.interventions import Diagnosis, intervene, train_original
+from nnsanity.levels import FAILED, LEARNED, unit_of
 from nnsanity.lint import lint
 from nnsanity.measure import (
     constant_loss,
@@ -36,6 +30,7 @@ from nnsanity.measure import (
     perfect_loss,
     some_examples,
 )
+from nnsanity.moments import feature_moments
 from nnsanity.problem import Problem, checked_problem
 from nnsanity.report import Report
 from nnsanity.tracing.bounds import output_bounds
@@ -210,7 +205,7 @@ def _measure_data(problem: Problem, book: _Book) -> None:
             strict=True,
         )
         for ours, theirs in pairs:
-            both = (normalization.feature_moments(leaf) for leaf in (ours, theirs))
+            both = (feature_moments(leaf) for leaf in (ours, theirs))
             book.findings += normalization.judge_split(*both)
     if problem.kind == "numbers":
         measured = normalization.normalization(problem.targets)
@@ -219,7 +214,7 @@ def _measure_data(problem: Problem, book: _Book) -> None:
         book.findings += normalization.judge_targets(measured, size)
     else:
         for leaf in inexact_leaves(problem.targets):
-            moments = normalization.feature_moments(leaf)
+            moments = feature_moments(leaf)
             book.findings += normalization.judge_finite_targets(moments)
 
 
@@ -269,7 +264,7 @@ def _train(
     )
     outcomes = train_original(problem, trial, train_key)
     book.measurements["trial"] = outcomes
-    book.findings += rate_suspicions(outcomes)
+    book.findings += learning_rate.judge_losses(outcomes[0].batch_losses)
     if not interventions:
         book.skipped["interventions"] = "switched off"
         return None
@@ -298,7 +293,10 @@ def _judge_outcomes(problem: Problem, book: _Book, diagnosis: Diagnosis) -> None
     finite = all(np.isfinite(leaf).all() for leaf in inexact_leaves(outcome.params))
     if finite and problem.network.layers:
         trained = problem._replace(params=outcome.params)
-        start, end = book.measurements["weights"], measure_network(trained, batch).weights
+        start, end = (
+            book.measurements["weights"],
+            measure_network(trained, batch).weights,
+        )
         book.findings += initialization.judge_symmetry(start, end, problem.network)
     book.findings += results.judge_wrong_loss(
         perfect=perfect_loss(problem, batch),
@@ -356,7 +354,11 @@ def _summary(problem: Problem, diagnosis: Diagnosis | None, book: _Book) -> str:
     measure, to_unit = unit_of(problem)
     level = diagnosis.level
     verdict = (
-        "learns" if level >= LEARNED else "does not learn" if level <= FAILED else "learns a little"
+        "learns"
+        if level >= LEARNED
+        else "does not learn"
+        if level <= FAILED
+        else "learns a little"
     )
     return (
         f"The network {verdict}: {measure} {to_unit(level):.2f} after"

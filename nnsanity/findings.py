@@ -137,7 +137,7 @@ class Effect(NamedTuple):
 
 
 def caused(finding: Finding, effect: Effect, severity: str) -> Finding:
-    """Turns a suspicion into a cause: the measured effect of its repair goes with it."""
+    """Turns a suspicion into a cause, by the measured effect of its repair."""
     place = "With the other repairs in place, " if effect.is_joint else ""
     words = f"{place}{effect.repair}"
     sentence = (

@@ -12,17 +12,14 @@ import jax
 import numpy as np
 
 from nnsanity._types import Array
-from nnsanity.checks import batch_size, learning_rate
+from nnsanity.checks import batch_size
 from nnsanity.findings import Effect, Finding, caused
+from nnsanity.levels import FAILED, LEARNED, last, level_of, unit_of
 from nnsanity.problem import Problem
 from nnsanity.repairs import Repair, available_repairs
 from nnsanity.trial import Copy, Outcome, Trial, prepare, train_copies
 
 NUM_SEEDS = 3
-LEARNED = 0.9
-"""Quality from which on a network counts as learning well: nothing is repaired."""
-FAILED = 0.1
-"""Quality up to which a network counts as not learning."""
 MIN_GAIN = 0.1
 """Gain in quality that a repair must bring (the gap that DeepChecker-style benchmarks
 ask for between a faulty program and its twin)."""
@@ -103,26 +100,6 @@ def _keys(key: Array) -> tuple[Array, ...]:
     return tuple(jax.random.fold_in(key, seed) for seed in range(NUM_SEEDS))
 
 
-def level_of(problem: Problem, outcome: Outcome, start_loss: float) -> float:
-    """Returns how much was learned: 0 is a constant output, 1 is perfect.
-
-    The mean of the qualities on examples that were trained on and on others, each the
-    median of the last three marks.  Where outputs can't be compared with targets, the
-    share by which the loss fell.
-    """
-    if problem.kind is not None:
-        seen, held_out = _last(outcome.seen_quality), _last(outcome.quality)
-        return (seen + held_out) / 2
-    end = _last(outcome.losses)
-    if not np.isfinite(end) or not np.isfinite(start_loss):
-        return -1.0
-    return float(np.clip((start_loss - end) / max(abs(start_loss), 1e-6), -1, 1))
-
-
-def _last(curve: Array) -> float:
-    return float(np.median(np.asarray(curve)[-3:]))
-
-
 def intervene(
     problem: Problem,
     trial: Trial,
@@ -170,7 +147,11 @@ def intervene(
         joint = _joint_causes(lab, original, repairs, best)
     pairs = joint or [(original, arm) for arm in singles]
     causes = _ranked(lab, original, pairs, suspected)
-    helped = {repair.name for arm in (*singles, *(a for _, a in pairs)) for repair in arm.repairs}
+    helped = {
+        repair.name
+        for arm in (*singles, *(a for _, a in pairs))
+        for repair in arm.repairs
+    }
     ruled_out = tuple(
         one.name for one in repairs if one.name not in helped and one not in left_out
     )
@@ -192,7 +173,7 @@ def _other_trial(problem: Problem, trial: Trial, key: Array) -> Trial | None:
 def _arm(lab: _Lab, repairs: tuple[Repair, ...], outcomes: Sequence[Outcome]) -> _Arm:
     levels = [level_of(lab.problem, one, lab.start_loss) for one in outcomes]
     held_out = [
-        _last(one.quality) if lab.problem.kind is not None else level
+        last(one.quality) if lab.problem.kind is not None else level
         for one, level in zip(outcomes, levels, strict=True)
     ]
     return _Arm(repairs, np.array(levels), np.array(held_out))
@@ -293,7 +274,9 @@ def _joint_causes(
 
 def _combinations(repairs: Sequence[Repair]) -> list[tuple[Repair, ...]]:
     """Lists growing sets of repairs, each at several rates."""
-    by_group = {group: [r for r in repairs if r.group == group] for group in SHARED_GROUPS}
+    by_group = {
+        group: [r for r in repairs if r.group == group] for group in SHARED_GROUPS
+    }
     growing: list[tuple[Repair, ...]] = [()]
     for group in SHARED_GROUPS:
         if by_group[group]:
@@ -371,22 +354,3 @@ def _effect(
         _needed(before),
         bool(before.repairs),
     )
-
-
-def unit_of(problem: Problem) -> tuple[str, Callable[[float], float]]:
-    """Returns what quality is called for a problem, and how to write it."""
-    if problem.kind is None:
-        return "share by which the loss fell", lambda level: level
-    if problem.kind == "numbers":
-        return "explained share of the variance", lambda level: level
-    targets = np.asarray(problem.targets)
-    if problem.kind == "one-hot":
-        targets = targets.reshape(len(targets), -1).argmax(axis=-1)
-    _, counts = np.unique(targets, return_counts=True)
-    chance = counts.max() / counts.sum()
-    return "accuracy", lambda level: max(chance + level * (1 - chance), 0.0)
-
-
-def rate_suspicions(outcomes: Sequence[Outcome]) -> tuple[Finding, ...]:
-    """Says what the losses of the original tell about its rate."""
-    return learning_rate.judge_losses(np.asarray(outcomes[0].batch_losses))

@@ -139,7 +139,9 @@ def _check_functions(
 ) -> None:
     named = {"apply_fn": apply_fn, "loss_fn": loss_fn, "train_loss_fn": train_loss_fn}
     for name, function in named.items():
-        if not callable(function) and not (name == "train_loss_fn" and function is None):
+        if not callable(function) and not (
+            name == "train_loss_fn" and function is None
+        ):
             raise TypeError(f"checkup: {name} must be callable, got {function!r}")
 
 

@@ -21,7 +21,7 @@ from nnsanity.findings import Finding
 from nnsanity.problem import Problem
 from nnsanity.tracing.layers import inspect
 from nnsanity.tracing.replace import penalties
-from nnsanity.trial import HEAD_LEFT_OUT, HEAD_SQUASHED, Copy
+from nnsanity.trial import HEAD_LEFT_OUT, HEAD_SQUASHED, OFF, ON, Copy
 
 Change = Callable[[Copy, Array], Copy]
 
@@ -204,7 +204,7 @@ def _hidden_repairs(problem: Problem) -> tuple[Repair, ...]:
         Repair(
             f"a leaky ReLU in the place of {' and '.join(names)}",
             "hidden",
-            lambda copy, key: copy._replace(leaky=jnp.asarray(True)),
+            lambda copy, key: copy._replace(leaky=ON),
             (
                 "gradients/nonfinite",
                 "gradients/vanishing",
@@ -219,7 +219,7 @@ def _hidden_repairs(problem: Problem) -> tuple[Repair, ...]:
             Repair(
                 "adding skip connections",
                 "hidden",
-                lambda copy, key: copy._replace(skip=jnp.asarray(True)),
+                lambda copy, key: copy._replace(skip=ON),
                 (),
                 depth.too_deep(len(problem.network.layers)),
             )
@@ -234,7 +234,7 @@ def _regularization_repairs(problem: Problem) -> tuple[Repair, ...]:
             Repair(
                 "training without the noise",
                 "noise",
-                lambda copy, key: copy._replace(noise=jnp.asarray(False)),
+                lambda copy, key: copy._replace(noise=OFF),
                 (),
                 regularization.too_strong("noise"),
             )

@@ -1,8 +1,8 @@
 """Short trainings of a network, as it is and with something repaired.
 
 A copy differs from the user's program in numbers alone, so that one compiled scan
-trains any of them: plain, with standardized inputs, at another rate, with fresh weights,
-without its last activation.
+trains any of them: plain, with standardized inputs, at another rate, with fresh
+weights, without its last activation.
 """
 
 import functools
@@ -25,6 +25,7 @@ MIN_EXAMPLES_TO_HOLD_OUT = 100
 MAX_EVALUATED = 1000
 NUM_MARKS = 10
 """At how many times a trial is evaluated after its start."""
+OFF, ON = np.bool_(0), np.bool_(1)
 HEAD_KEPT, HEAD_LEFT_OUT, HEAD_SQUASHED = range(3)
 LEAK = 0.1
 """Slope on the left of the leaky ReLU that stands in for a hidden activation."""
@@ -39,7 +40,7 @@ class Copy(NamedTuple):
         input_scale: tree like the inputs; divided by then.
         target_shift: subtracted from the targets first.
         target_scale: what they are divided by then.
-        update_scale: float32[], factor of every update: 10 trains at ten times the rate.
+        update_scale: float32[], factor of every update: 10 is ten times the rate.
         penalty_scale: float32[], factor of the penalties inside the loss.
         head: int32[], what becomes of the last activation: ``HEAD_KEPT``,
             ``HEAD_LEFT_OUT`` or ``HEAD_SQUASHED``, softmax or sigmoid in its place.
@@ -56,9 +57,9 @@ class Copy(NamedTuple):
     update_scale: Array
     penalty_scale: Array
     head: Array
-    leaky: Array
-    skip: Array
-    noise: Array
+    leaky: Array | np.bool_
+    skip: Array | np.bool_
+    noise: Array | np.bool_
 
 
 class Outcome(NamedTuple):
@@ -124,7 +125,6 @@ def prepare(problem: Problem, key: Array, *, num_steps: int, batch_size: int) ->
 
 def plain(problem: Problem) -> Copy:
     """Returns the user's own program as a copy."""
-    no = jnp.asarray(False)
     one = jnp.float32(1)
     targets = problem.targets if problem.kind == "numbers" else one
     return Copy(
@@ -136,9 +136,9 @@ def plain(problem: Problem) -> Copy:
         update_scale=one,
         penalty_scale=one,
         head=jnp.int32(HEAD_KEPT),
-        leaky=no,
-        skip=no,
-        noise=jnp.asarray(problem.train_loss_fn is not None),
+        leaky=OFF,
+        skip=OFF,
+        noise=OFF if problem.train_loss_fn is None else ON,
     )
 
 
@@ -178,7 +178,7 @@ def _train(
     """Trains one copy; pure, compiled as one scan."""
     seen, seen_evaluated, held_out = rows
     order_key, noise_key = jax.random.split(key)
-    optimizer = problem.optimizer
+    optimizer = problem.optimizer or optax.identity()
     loss_fn = _loss_of(problem, copy)
     apply_fn = _network_of(problem, copy)
     num_steps = marks * per_mark
@@ -197,11 +197,14 @@ def _train(
         updates = jax.tree.map(lambda update: _scaled(update, copy), updates)
         return (optax.apply_updates(params, updates), optimizer_state), loss
 
-    def evaluate(params: Params) -> tuple[Array, Array, Array]:
+    def evaluate(params: Params) -> tuple[Array, ...]:
         on_seen = _prepared(problem, copy, take_examples(data, seen_evaluated))
         on_held_out = _prepared(problem, copy, take_examples(data, held_out))
         loss = _replaced_loss(problem, copy)(params, on_seen)
-        return (in_float32(loss), *_qualities(problem, apply_fn, params, on_seen, on_held_out))
+        return (
+            in_float32(loss),
+            *_qualities(problem, apply_fn, params, on_seen, on_held_out),
+        )
 
     def mark(state: tuple, now: tuple) -> tuple[tuple, tuple]:
         state, losses = jax.lax.scan(step, state, now)
@@ -213,12 +216,12 @@ def _train(
         (batches, noise_keys),
     )
     (params, _), (batch_losses, later) = jax.lax.scan(mark, state, by_mark)
-    start = evaluate(copy.params)
-    curves = [
+    losses, seen_quality, held_out_quality = (
         jnp.concatenate([first[None], rest])
-        for first, rest in zip(start, later, strict=True)
-    ]
-    return Outcome(in_float32(batch_losses.reshape(-1)), *curves, params)
+        for first, rest in zip(evaluate(copy.params), later, strict=True)
+    )
+    batch_losses = in_float32(batch_losses.reshape(-1))
+    return Outcome(batch_losses, losses, seen_quality, held_out_quality, params)
 
 
 def _batch_rows(key: Array, rows: Array, num_steps: int, batch_size: int) -> Array:
@@ -340,7 +343,9 @@ def _qualities(
     """Returns the quality on each batch, from one pass over all of them."""
     if problem.kind is None:
         return [jnp.float32(jnp.nan) for _ in batches]
-    inputs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(b[0] for b in batches))
+    inputs = jax.tree.map(
+        lambda *leaves: jnp.concatenate(leaves), *(b[0] for b in batches)
+    )
     outputs = apply_fn(params, inputs)
     ends = np.cumsum([len(jax.tree.leaves(batch[0])[0]) for batch in batches])
     parts = jnp.split(outputs, ends[:-1])

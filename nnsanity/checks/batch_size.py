@@ -15,7 +15,7 @@ SMALL = 2
 
 
 def suspected(batch_size: int, num_examples: int) -> bool:
-    """Tells whether a batch is so large or so small that another size is worth a try."""
+    """Tells whether a batch is so large or small that another size is worth a try."""
     is_large = batch_size > USUAL and batch_size >= LARGE_SHARE * num_examples
     return is_large or (batch_size <= SMALL and num_examples > USUAL)
 

@@ -109,7 +109,8 @@ def dead_units(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> DeadUnits:
     Looks at layers that a thresholding nonlinearity follows, by what it does and not by
     its name: ReLU, ``jnp.maximum(x, 0)``, ReLU6, hard sigmoid, but not GELU or tanh.  A
     unit is dead where its output stands at a flat end for every example and position.
-    Worry above a tenth of a layer, over a few hundred examples.  Costs one forward pass.
+    Worry above a tenth of a layer, over a few hundred examples.  Costs one forward
+    pass.
 
     Args:
         apply_fn: ``apply_fn(params, inputs) -> outputs``.
@@ -126,7 +127,7 @@ def dead_units(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> DeadUnits:
         {'w': Array([False,  True], dtype=bool)}
 
     References:
-        Lu et al. (2019), "Dying ReLU and Initialization: Theory and Numerical Examples".
+        Lu et al. (2019), "Dying ReLU and Initialization".
     """
     network = inspect(apply_fn, params, inputs)
     read, names = {}, {}
@@ -150,7 +151,8 @@ def _is_dead(
     values: Array, *, flat_values: tuple[float, ...], unit_axes: tuple[int, ...]
 ) -> Array:
     is_flat = functools.reduce(
-        jnp.logical_or, [values == jnp.asarray(flat, values.dtype) for flat in flat_values]
+        jnp.logical_or,
+        [values == jnp.asarray(flat, values.dtype) for flat in flat_values],
     )
     others = tuple(axis for axis in range(values.ndim) if axis not in unit_axes)
     return jnp.all(is_flat, axis=others).reshape(-1)
@@ -209,8 +211,8 @@ def _exploding(name: str, largest: float) -> Finding:
         float(largest),
         EXPLODING_LIMIT,
         f"The largest gradient of the untrained network is {number(float(largest))}.",
-        "Normalize inputs and targets, then rescale the weights; a smaller learning rate"
-        " only hides it.",
+        "Normalize inputs and targets, then rescale the weights; a smaller learning"
+        " rate only hides it.",
     )
 
 
@@ -322,7 +324,7 @@ def judge_reach(measured: Reach) -> tuple[Finding, ...]:
 
 def _blocked(cuts: tuple[Cut, ...], names: list[str], num_leaves: int) -> Finding:
     operations = sorted({cut.operation for cut in cuts})
-    # Stopping a gradient on purpose is how target networks and frozen parts are written.
+    # Target networks and frozen parts stop a gradient on purpose.
     is_deliberate = operations == ["stop_gradient"]
     return Finding(
         "gradients/blocked",

@@ -203,8 +203,8 @@ def off_scale(one: Located, ratio: float, change: float) -> Finding:
         ratio,
         GAIN_FACTOR,
         f"The weights of {one.layer.name} are {number(ratio)} times as large as a"
-        f" layer before {one.layer.activation or 'a linear output'} needs, and the signal"
-        f" changes by a factor of {number(change)} from the first layer to the last.",
+        f" layer before {one.layer.activation or 'a linear output'} needs, and the"
+        f" signal changes {number(change)}-fold from the first layer to the last.",
         f"Draw them from jax.nn.initializers.{name}(), as Flax's kernel_init argument,"
         " and start the biases at zero.",
     )

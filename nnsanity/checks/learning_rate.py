@@ -5,9 +5,9 @@ explode, and go a little below" (D. Holden).
 """
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from nnsanity.findings import Finding, number
 
@@ -17,7 +17,7 @@ JITTER_LIMIT = 1.0
 """Healthy rise of the smoothed loss above its minimum, as a share of its fall."""
 
 
-def smoothed(losses: Sequence[float], weight: float = 0.9) -> np.ndarray:
+def smoothed(losses: npt.ArrayLike, weight: float = 0.9) -> np.ndarray:
     """Returns the running mean of losses, corrected for its start at zero.
 
     Args:
@@ -32,13 +32,13 @@ def smoothed(losses: Sequence[float], weight: float = 0.9) -> np.ndarray:
         Kingma and Ba (2015), section 3, for the correction.
     """
     mean, result = 0.0, []
-    for step, loss in enumerate(losses, start=1):
+    for step, loss in enumerate(np.asarray(losses), start=1):
         mean = weight * mean + (1 - weight) * float(loss)
         result.append(mean / (1 - weight**step))
     return np.array(result)
 
 
-def judge_losses(losses: Sequence[float]) -> tuple[Finding, ...]:
+def judge_losses(losses: npt.ArrayLike) -> tuple[Finding, ...]:
     """Says what the losses of a trial tell about its rate; suspects.
 
     Args:
@@ -67,7 +67,8 @@ def _diverges(start: float, end: float, step: int) -> Finding:
         "optimizer",
         end,
         start,
-        f"The training loss goes from {number(start)} to {number(end)} in {step} steps.",
+        f"The training loss goes from {number(start)} to {number(end)} in {step}"
+        " steps.",
         "Lower the learning rate until the loss falls, then use the largest such rate.",
     )
 
@@ -98,7 +99,7 @@ def wrong_rate(factor: float, *, diverges: bool) -> Finding:
     )
 
 
-def is_falling(losses: Sequence[float]) -> bool:
+def is_falling(losses: npt.ArrayLike) -> bool:
     """Tells whether a loss was still clearly falling at the end of a trial."""
     values = np.asarray(losses, np.float64)
     if len(values) < 20 or not np.isfinite(values).all():

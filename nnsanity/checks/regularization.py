@@ -24,11 +24,11 @@ def judge_overfitting(seen: Array, held_out: Array) -> tuple[Finding, ...]:
         seen: [marks], quality on examples that were trained on.
         held_out: [marks], quality on others, at the same times.
     """
-    seen, held_out = np.asarray(seen), np.asarray(held_out)
-    if not (np.isfinite(seen).all() and np.isfinite(held_out).all()):
+    curves = np.stack([seen, held_out])
+    if not np.isfinite(curves).all():
         return ()
-    best, end = float(held_out.max()), float(np.median(held_out[-3:]))
-    gap = float(np.median(seen[-3:])) - end
+    seen_end, end = (float(np.median(curve[-3:])) for curve in curves)
+    best, gap = float(curves[1].max()), seen_end - end
     if not (gap > GAP_LIMIT and best - end > FALL_LIMIT and best > FALL_LIMIT):
         return ()
     return (
@@ -39,21 +39,20 @@ def judge_overfitting(seen: Array, held_out: Array) -> tuple[Finding, ...]:
             "network",
             gap,
             GAP_LIMIT,
-            f"On examples that were held out the quality rose to {number(best)} and fell"
-            f" back to {number(end)}, while it went on to {number(gap + end)} on those"
-            " that were trained on: the network learns examples by heart.",
+            f"On examples that were held out the quality rose to {number(best)} and"
+            f" fell back to {number(end)}, while it went on to {number(gap + end)} on"
+            " those that were trained on: the network learns examples by heart.",
             "Get more data, or make more by augmentation; add dropout of 0.1 to 0.25 or"
             " weight decay; stop at the best point.",
         ),
     )
 
 
-
 def too_strong(kind: str) -> Finding:
     """The finding that training without some regularization works better.
 
     Args:
-        kind: ``"noise"`` for dropout and the like, ``"penalty"`` for a term of the loss.
+        kind: ``"noise"`` for dropout, ``"penalty"`` for a term of the loss.
     """
     message, advice = _WORDS[kind]
     return Finding(

@@ -49,7 +49,7 @@ def kind_of_targets(outputs: PyTree, targets: PyTree) -> str | None:
             return "classes"
     if math.prod(outputs.shape[1:]) != math.prod(targets.shape[1:]):
         return None
-    values = np.unique(targets[: 10_000])
+    values = np.unique(targets[:10_000])
     if np.isin(values, (0, 1)).all():
         rows = targets.reshape(len(targets), -1)
         is_one_hot = rows.shape[1] > 1 and (rows.sum(axis=1) == 1).all()
@@ -73,7 +73,8 @@ def quality(outputs: Array, targets: Array, kind: str) -> Array:
         float32[], at least -1.
 
     Example:
-        >>> float(quality(jnp.array([0.0, 1.0, 1.0]), jnp.array([0.0, 2.0, 1.0]), "numbers"))
+        >>> outputs, targets = jnp.array([0.0, 1.0, 1.0]), jnp.array([0.0, 2.0, 1.0])
+        >>> float(quality(outputs, targets, "numbers"))
         0.5
     """
     outputs = in_float32(outputs)
@@ -271,8 +272,8 @@ def no_better_than_constant(
         "network",
         explained,
         CONSTANT_LIMIT,
-        f"After {num_steps} steps the outputs explain {number(explained * 100)}% of what"
-        f" a constant output does not.{ruled_out}",
+        f"After {num_steps} steps the outputs explain {number(explained * 100)}% of"
+        f" what a constant output does not.{ruled_out}",
         "Look at the data: print a few inputs with their targets and outputs, as the"
         " loss sees them. Check that inputs and targets belong together, and that a"
         " person could tell the target from the input.",

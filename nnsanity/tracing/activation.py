@@ -1,8 +1,8 @@
 """What an elementwise nonlinearity does, told by running it on a grid of numbers."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ class Activation(NamedTuple):
 
 
 def recognize(
-    steps: Sequence[Step], start: int, end: int, consts: Mapping[int, object]
+    steps: Sequence[Step], start: int, end: int, consts: Mapping[int, Any]
 ) -> Activation:
     """Tells what elementwise steps do between two values.
 
@@ -69,14 +69,17 @@ def recognize(
 
 
 def _run(
-    steps: Sequence[Step], start: int, end: int, consts: Mapping[int, object]
+    steps: Sequence[Step], start: int, end: int, consts: Mapping[int, Any]
 ) -> np.ndarray | None:
-    values: dict[int, object] = {start: jnp.asarray(_GRID)}
+    values: dict[int, Any] = {start: jnp.asarray(_GRID)}
     for step in steps:
         operands = []
         for atom, number in zip(step.eqn.invars, step.inputs, strict=True):
-            value = atom.val if number is None else values.get(number)
-            value = consts.get(number) if value is None else value
+            value: Any = None
+            if number is None:
+                value = atom.val
+            elif number in values or number in consts:
+                value = values.get(number, consts.get(number))
             if value is None or (np.ndim(value) and np.shape(value) != _GRID.shape):
                 return None
             operands.append(value)
@@ -123,7 +126,7 @@ def _apply_body(
     return [_read(values, atom) for atom in jaxpr.outvars]
 
 
-def _read(values: Mapping, atom: compat.Atom) -> object:
+def _read(values: Mapping, atom: compat.Atom) -> Any:
     return atom.val if compat.is_literal(atom) else values[atom]
 
 
@@ -148,7 +151,7 @@ def _tanh_gelu(x: np.ndarray) -> np.ndarray:
     return x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-_KNOWN = {
+_KNOWN: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu": lambda x: np.maximum(x, 0),
     "sigmoid": _sigmoid,
     "tanh": np.tanh,
@@ -156,7 +159,9 @@ _KNOWN = {
     "silu": lambda x: x * _sigmoid(x),
     "leaky_relu": lambda x: np.where(x > 0, x, 0.01 * x),
     "elu": _elu,
-    "selu": lambda x: 1.0507009873554805 * np.where(x > 0, x, 1.6732632423543772 * _elu(x)),
+    "selu": lambda x: (
+        1.0507009873554805 * np.where(x > 0, x, 1.6732632423543772 * _elu(x))
+    ),
     "softplus": lambda x: np.logaddexp(x, 0),
     "relu6": lambda x: np.clip(x, 0, 6),
     "exp": np.exp,

@@ -36,8 +36,9 @@ def weight_geometry(steps: Steps, step: Step) -> Geometry | None:
         return None
     first, second = step.inputs[:2]
     for position, weight, operand in ((1, second, first), (0, first, second)):
-        is_met_by_data = operand is not None and steps.data[operand]
-        if weight is not None and steps.is_weight(weight) and is_met_by_data:
+        if weight is None or operand is None:
+            continue
+        if steps.is_weight(weight) and steps.data[operand]:
             return rule(steps, step.eqn, position, weight, operand)
     return None
 
@@ -107,7 +108,8 @@ def _through_reshape(
 ) -> tuple[int, ...] | None:
     """Finds each axis again as one with equal size and equal number before it."""
     starts = {
-        (math.prod(new[:axis]), size): axis for axis, size in reversed([*enumerate(new)])
+        (math.prod(new[:axis]), size): axis
+        for axis, size in reversed([*enumerate(new)])
     }
     found = tuple(starts.get((math.prod(old[:axis]), old[axis])) for axis in axes)
     return None if None in found else tuple(axis for axis in found if axis is not None)

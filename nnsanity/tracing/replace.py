@@ -69,7 +69,9 @@ def replaced(
             write[network.site(value)] = lambda penalty: penalty * penalty_scale
         leaves = jax.tree.leaves((params, *rest))
         outputs, _ = evaluate(network.program, leaves, Taps(write=write))
-        return jax.tree.unflatten(jax.tree.structure(network.program.out_shape), outputs)
+        return jax.tree.unflatten(
+            jax.tree.structure(network.program.out_shape), outputs
+        )
 
     return run
 
@@ -90,13 +92,13 @@ def penalties(network: Network) -> list[int]:
     """Finds the scalars that are made from parameters alone and added to the rest."""
     steps, found = network.steps, []
     for step in steps.steps:
-        if step.eqn.primitive.name not in ("add", "add_any") or len(step.inputs) != 2:
-            continue
-        for one, other in (step.inputs, step.inputs[::-1]):
-            meets_data = other is not None and steps.data[other]
-            if steps.is_weight(one) and meets_data and steps.avals[one].shape == ():
-                if steps.sites[one] is not None and not steps.avals[other].shape:
-                    found.append(one)
+        scalars = [steps.avals[value].shape == () for value in step.outputs]
+        if step.eqn.primitive.name in ("add", "add_any") and all(scalars):
+            meets_data = any(
+                value is not None and steps.data[value] for value in step.inputs
+            )
+            weights = steps.weights(step) if meets_data else []
+            found += [value for value in weights if steps.sites[value] is not None]
     return found
 
 

@@ -101,7 +101,17 @@ class Steps(NamedTuple):
 
     def is_weight(self, value: int | None) -> bool:
         """Tells whether a value is made from parameters alone."""
-        return value is not None and bool(self.parameters[value]) and not self.data[value]
+        return (
+            value is not None and bool(self.parameters[value]) and not self.data[value]
+        )
+
+    def weights(self, step: Step) -> list[int]:
+        """Returns the operands of a step that are made from parameters alone."""
+        return [
+            value
+            for value in step.inputs
+            if value is not None and self.is_weight(value)
+        ]
 
 
 def open_up(program: Program, num_parameters: int) -> Steps:

@@ -18,9 +18,7 @@ from nnsanity.tracing.steps import Site
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def activations(
-    apply_fn: ApplyFn, params: Params, inputs: PyTree
-) -> dict[str, Array]:
+def activations(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> dict[str, Array]:
     """Returns what every layer puts out, after its nonlinearity.
 
     Costs one forward pass and the memory of all activations.  Dictionaries come out of

@@ -1,0 +1,172 @@
+"""Follows a value through the stages that it passes: bias, normalization, nonlinearity.
+
+A stage ends at the nearest value through which everything made from its start has to
+pass; what lies between tells what it does.
+"""
+
+import heapq
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from nnsanity.tracing.geometry import moved_axes
+from nnsanity.tracing.steps import (
+    CONTRACTIONS,
+    ELEMENTWISE,
+    STRUCTURAL,
+    Step,
+    Steps,
+    operations,
+)
+
+_REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "argmax", "iota"})
+_POOLING = frozenset({"reduce_window_max", "reduce_window_sum", "reduce_window"})
+_SOFTMAX_PARTS = STRUCTURAL | {"reduce_max", "max", "stop_gradient", "sub", "exp"}
+_AFFINE = STRUCTURAL | {"add", "sub", "mul", "div", "neg", "add_any"}
+_MAX_STEPS_IN_A_STAGE = 100
+
+
+class Stage(NamedTuple):
+    """What happens between a value and the next one that all of it passes through.
+
+    Attributes:
+        kind: ``"move"``, ``"pool"``, ``"affine"``, ``"norm"``, ``"softmax"`` or
+            ``"activation"``.
+        steps: its equations.
+        end: number of the value that comes out.
+        axes: which axes of that value are units.
+    """
+
+    kind: str
+    steps: tuple[Step, ...]
+    end: int
+    axes: tuple[int, ...]
+
+
+class Chains:
+    """Follows values to the next ones that everything made from them passes through."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+        self.users: list[list[int]] = [[] for _ in steps.avals]
+        for index, step in enumerate(steps.steps):
+            for value in {value for value in step.inputs if value is not None}:
+                self.users[value].append(index)
+        self.is_output = {value for value in steps.outputs if value is not None}
+
+    def stages(self, value: int, axes: tuple[int, ...]) -> Iterator[Stage]:
+        """Yields the stages that follow a layer, up to and with its nonlinearity."""
+        while True:
+            stage = self._softmax(value, axes) or self._next(value, axes)
+            if stage is None:
+                return
+            yield stage
+            if stage.kind in ("activation", "softmax"):
+                return
+            value, axes = stage.end, stage.axes
+
+    def _softmax(self, value: int, axes: tuple[int, ...]) -> Stage | None:
+        """Joins the stages of a softmax: less the maximum, exp, over the sum."""
+        steps: tuple[Step, ...] = ()
+        for _ in range(3):
+            stage = self._next(value, axes)
+            if stage is None or stage.kind == "move":
+                return None
+            steps += stage.steps
+            if stage.kind == "softmax" or _divides_by_sum(stage):
+                names = all_operations(steps)
+                is_softmax = "exp" in names and "reduce_sum" in names
+                return (
+                    stage._replace(kind="softmax", steps=steps) if is_softmax else None
+                )
+            if not all_operations(stage.steps) <= _SOFTMAX_PARTS:
+                return None
+            value = stage.end
+        return None
+
+    def _next(self, value: int, axes: tuple[int, ...]) -> Stage | None:
+        found = self._bottleneck(value)
+        if found is None:
+            return None
+        steps, end = found
+        kind = self._kind(steps, value, end)
+        if kind is None:
+            return None
+        if kind == "move":
+            moved = moved_axes(steps[0].eqn, axes)
+            return None if moved is None else Stage(kind, steps, end, moved)
+        return Stage(kind, steps, end, axes)
+
+    def _bottleneck(self, value: int) -> tuple[tuple[Step, ...], int] | None:
+        """Finds the nearest value that everything made from ``value`` passes through.
+
+        Steps that would bring in other data, or another layer, end the search.
+        """
+        waiting = list(self.users[value])
+        heapq.heapify(waiting)
+        num_open = len(waiting) + (value in self.is_output)
+        region, taken = {value}, list[Step]()
+        while waiting and len(taken) < _MAX_STEPS_IN_A_STAGE:
+            index = heapq.heappop(waiting)
+            while waiting and waiting[0] == index:
+                heapq.heappop(waiting)
+            step = self.steps.steps[index]
+            if self._brings_in_more(step, region):
+                return None
+            num_open -= sum(v in region for v in {*step.inputs} - {None})
+            taken.append(step)
+            for output in step.outputs:
+                region.add(output)
+                uses = self.users[output]
+                num_uses = len(uses) + (output in self.is_output)
+                num_open += num_uses
+                for user in uses:
+                    heapq.heappush(waiting, user)
+                if num_open == num_uses:
+                    return tuple(taken), output
+        return None
+
+    def _brings_in_more(self, step: Step, region: set[int]) -> bool:
+        if any(
+            value is not None and value not in region and self.steps.data[value]
+            for value in step.inputs
+        ):
+            return True
+        return bool(operations(step.eqn) & CONTRACTIONS)
+
+    def _kind(self, steps: tuple[Step, ...], start: int, end: int) -> str | None:
+        names = all_operations(steps)
+        if len(steps) == 1 and names <= STRUCTURAL:
+            return "move"
+        if names <= _POOLING:
+            return "pool"
+        if self.steps.avals[start].shape != self.steps.avals[end].shape:
+            return None
+        if names <= ELEMENTWISE:
+            return "affine" if self._is_affine(steps, start) else "activation"
+        if names <= ELEMENTWISE | _REDUCTIONS:
+            return "softmax" if "exp" in names else "norm"
+        return None
+
+    def _is_affine(self, steps: tuple[Step, ...], start: int) -> bool:
+        made = {start}
+        for step in steps:
+            name = step.eqn.primitive.name
+            operands = [value in made for value in step.inputs]
+            if name not in _AFFINE:
+                return False
+            if name == "mul" and sum(operands) > 1:
+                return False
+            if name == "div" and operands[1]:
+                return False
+            made.update(step.outputs)
+        return True
+
+
+def all_operations(steps: tuple[Step, ...]) -> frozenset[str]:
+    """Returns the names of all primitives in some steps, calls opened."""
+    return frozenset().union(*(operations(step.eqn) for step in steps))
+
+
+def _divides_by_sum(stage: Stage) -> bool:
+    names = all_operations(stage.steps)
+    return stage.kind == "norm" and names <= STRUCTURAL | {"reduce_sum", "div"}

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from nnsanity._tree import inexact_leaves, num_examples
@@ -16,7 +15,6 @@ from nnsanity.checks import (
     initialization,
     learning_rate,
     normalization,
-    regularization,
     results,
 )
 from nnsanity.findings import CONSEQUENCES, ITEMS, Finding
@@ -25,9 +23,9 @@ from nnsanity.levels import FAILED, LEARNED, unit_of
 from nnsanity.lint import lint
 from nnsanity.measure import (
     constant_loss,
+    data_loss,
     measure_network,
     output_size,
-    perfect_loss,
     some_examples,
 )
 from nnsanity.moments import feature_moments
@@ -35,9 +33,10 @@ from nnsanity.problem import Problem, checked_problem
 from nnsanity.report import Report
 from nnsanity.tracing.bounds import output_bounds
 from nnsanity.trial import prepare
+from nnsanity.verdicts import judge_outcomes
 
 NOT_YET = {
-    "preprocessing": "item 3 is not built yet",
+    "preprocessing": "of item 3, continuity and invariances are not built yet",
     "width": "item 11 is not built yet",
 }
 
@@ -225,7 +224,8 @@ def _measure_network(problem: Problem, book: _Book) -> None:
     constant = constant_loss(problem, batch)
     book.measurements |= measured._asdict() | {"constant_loss": constant}
     limit = book.limit("results/start-loss", results.START_LIMIT)
-    book.findings += results.judge_start(float(measured.loss), constant, limit)
+    start = data_loss(problem, problem.params, batch)
+    book.findings += results.judge_start(start, constant, limit)
     by_layer = {one.layer.name: one.weight for one in problem.network.layers}
     book.findings += gradients.judge_gradients(
         measured.gradients, problem.params, by_layer
@@ -278,50 +278,17 @@ def _train(
         progress=tell,
     )
     book.skipped |= diagnosis.skipped
-    _judge_outcomes(problem, book, diagnosis)
+    found, measured = judge_outcomes(
+        problem, diagnosis, tuple(book.findings), book.measurements
+    )
+    book.findings += found
+    book.measurements |= measured
     return diagnosis
 
 
 def _has_nonfinite(problem: Problem) -> bool:
     leaves = inexact_leaves((problem.params, problem.inputs, problem.targets))
     return not all(bool(jnp.isfinite(leaf).all()) for leaf in leaves)
-
-
-def _judge_outcomes(problem: Problem, book: _Book, diagnosis: Diagnosis) -> None:
-    """Says what only the training shows: symmetry, a wrong loss, memorizing."""
-    batch, outcome = some_examples(problem), diagnosis.outcomes[0]
-    finite = all(np.isfinite(leaf).all() for leaf in inexact_leaves(outcome.params))
-    if finite and problem.network.layers:
-        trained = problem._replace(params=outcome.params)
-        start, end = (
-            book.measurements["weights"],
-            measure_network(trained, batch).weights,
-        )
-        book.findings += initialization.judge_symmetry(start, end, problem.network)
-    book.findings += results.judge_wrong_loss(
-        perfect=perfect_loss(problem, batch),
-        reached=float(outcome.losses[-1]),
-        start=float(outcome.losses[0]),
-        explained=diagnosis.level,
-        learned=FAILED,
-    )
-    book.findings += regularization.judge_overfitting(
-        outcome.seen_quality, outcome.quality
-    )
-    if diagnosis.level <= FAILED and not _has_error(book, diagnosis):
-        constant = book.measurements["constant_loss"]
-        reached = float(outcome.losses[-1])
-        if not reached < 0.95 * constant:
-            book.findings.append(
-                results.no_better_than_constant(
-                    diagnosis.level, problem.num_steps, diagnosis.ruled_out
-                )
-            )
-
-
-def _has_error(book: _Book, diagnosis: Diagnosis) -> bool:
-    found = (*book.findings, *diagnosis.causes)
-    return any(finding.severity != "info" for finding in found)
 
 
 def _in_order(

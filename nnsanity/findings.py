@@ -145,6 +145,8 @@ def caused(finding: Finding, effect: Effect, severity: str) -> Finding:
         f" {effect.num_steps} steps from {effect.before:.2f} to {effect.after:.2f}"
         f" ({effect.num_seeds} seeds)."
     )
+    # A proof stays an error, however much the network learns in spite of it.
+    severity = min(severity, finding.severity, key=SEVERITIES.index)
     known = finding.measured == finding.measured
     return finding._replace(
         severity=severity,

@@ -17,7 +17,14 @@ from nnsanity.findings import Effect, Finding, caused
 from nnsanity.levels import FAILED, LEARNED, last, level_of, unit_of
 from nnsanity.problem import Problem
 from nnsanity.repairs import Repair, available_repairs
-from nnsanity.trial import Copy, Outcome, Trial, prepare, train_copies
+from nnsanity.trial import (
+    Copy,
+    Outcome,
+    Trial,
+    prepare,
+    train_copies,
+    with_inputs,
+)
 
 NUM_SEEDS = 3
 MIN_GAIN = 0.1
@@ -32,7 +39,7 @@ BUDGET_SECONDS = 45.0
 """How long copies may be trained; what was left out then is in ``skipped``."""
 SLOW_SECONDS = 3.0
 MAX_REPAIRED_STEPS = 2000
-SHARED_GROUPS = ("inputs", "targets", "weights", "hidden")
+SHARED_GROUPS = ("columns", "inputs", "targets", "weights", "hidden")
 """Repairs that are harmless to make together, the most harmless first."""
 
 Progress = Callable[[str], None]
@@ -138,7 +145,8 @@ def intervene(
         return Diagnosis(outcomes, original.level, (), (), {})
     suspected = {finding.rule: finding for finding in suspicions}
     repairs = sorted(
-        available_repairs(problem), key=lambda one: not set(one.rules) & set(suspected)
+        available_repairs(problem),
+        key=lambda one: not (one.is_suspected or set(one.rules) & set(suspected)),
     )
     singles, left_out = _helpful_singles(lab, original, repairs)
     best = max((arm.level for arm in singles), default=original.level)
@@ -183,6 +191,9 @@ def _train(lab: _Lab, repairs: Sequence[Repair], *, seeds: int) -> _Arm:
     """Trains the program with some repairs, from the first seeds."""
     sizes = [one.batch_size for one in repairs if one.batch_size is not None]
     trial = lab.other_trial if sizes and lab.other_trial is not None else lab.trial
+    for repair in repairs:
+        if repair.inputs is not None:
+            trial = with_inputs(trial, repair.inputs)
     copies = []
     for key in lab.keys[:seeds]:
         copy: Copy = trial.plain
@@ -321,7 +332,8 @@ def _ranked(
             rule = finding.rule if finding.rule in suspected else None
         effect = _effect(lab, repair, before, after, gain)
         severity = "error" if original.level <= FAILED else "warning"
-        bonus = 0.0 if rule is None else SUSPICION_BONUS
+        is_suspected = rule is not None or repair.is_suspected
+        bonus = SUSPICION_BONUS if is_suspected else 0.0
         scored.append((gain + bonus, caused(finding, effect, severity)))
     scored.sort(key=lambda pair: -pair[0])
     return tuple(finding for _, finding in scored[:MAX_CAUSES])

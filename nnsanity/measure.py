@@ -77,12 +77,12 @@ def output_size(problem: Problem, inputs: PyTree) -> float:
 
 
 def constant_loss(problem: Problem, batch: tuple[PyTree, PyTree]) -> float:
-    """Returns the loss of the best constant output; NaN where it can't be told."""
+    """Returns the loss of the best constant output, no penalties; NaN if unknown."""
     return _least_loss(problem, batch, results.constant_outputs)
 
 
 def perfect_loss(problem: Problem, batch: tuple[PyTree, PyTree]) -> float:
-    """Returns the loss of outputs that say what the targets say; NaN where unknown."""
+    """Returns the loss of outputs that say what the targets say; NaN if unknown."""
     return _least_loss(problem, batch, results.perfect_outputs)
 
 
@@ -112,6 +112,15 @@ def _loss_of_outputs(
 
     name = problem.head.layer.name if problem.head is not None else ""
     loss_fn = replaced(
-        problem.loss_fn, problem.network, {name: Replacement(put, jnp.zeros_like)}
+        problem.loss_fn,
+        problem.network,
+        {name: Replacement(put, jnp.zeros_like)},
+        penalty_scale=0.0,
     )
     return loss_fn(problem.params, batch)
+
+
+def data_loss(problem: Problem, params: Params, batch: tuple[PyTree, PyTree]) -> float:
+    """Returns the loss without the penalties inside of it."""
+    loss_fn = replaced(problem.loss_fn, problem.network, {}, penalty_scale=0.0)
+    return float(jax.jit(loss_fn)(params, batch))

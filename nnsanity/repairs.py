@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nnsanity._types import Array
 from nnsanity.checks import (
@@ -15,6 +16,7 @@ from nnsanity.checks import (
     initialization,
     learning_rate,
     normalization,
+    preprocessing,
     regularization,
 )
 from nnsanity.findings import Finding
@@ -35,7 +37,9 @@ class Repair(NamedTuple):
         change: ``change(copy, key) -> copy``; changes compose.
         rules: suspicions that it confirms where it helps, the likeliest first.
         finding: what to say where it helps though nothing was suspected.
+        is_suspected: whether it is offered on a suspicion alone.
         batch_size: of the copy's steps, None for the user's own.
+        inputs: what to train on in the place of the user's inputs, or None.
     """
 
     name: str
@@ -43,7 +47,9 @@ class Repair(NamedTuple):
     change: Change
     rules: tuple[str, ...]
     finding: Finding
+    is_suspected: bool = False
     batch_size: int | None = None
+    inputs: Array | None = None
 
 
 def available_repairs(problem: Problem) -> tuple[Repair, ...]:
@@ -57,6 +63,7 @@ def available_repairs(problem: Problem) -> tuple[Repair, ...]:
         *_hidden_repairs(problem),
         *_regularization_repairs(problem),
         *_batch_repairs(problem),
+        *_column_repairs(problem),
     )
 
 
@@ -266,6 +273,48 @@ def _batch_repairs(problem: Problem) -> tuple[Repair, ...]:
             lambda copy, key: copy,
             (),
             batch_size.wrong_size(problem.batch_size, size),
-            batch_size.USUAL,
+            is_suspected=True,
+            batch_size=batch_size.USUAL,
         ),
+    )
+
+
+def _column_repairs(problem: Problem) -> tuple[Repair, ...]:
+    """Encodes a column otherwise that says more than its numbers do."""
+    inputs = problem.inputs
+    is_table = isinstance(inputs, jax.Array) and inputs.ndim == 2 and not problem.tokens
+    if not is_table or problem.kind not in ("numbers", "binary"):
+        return ()
+    table = np.asarray(inputs, np.float64)
+    targets = np.asarray(problem.targets, np.float64).reshape(len(table), -1)[:, 0]
+    repairs = []
+    for feature in range(min(table.shape[1], preprocessing.MAX_FEATURES)):
+        column = table[:, feature]
+        codes = preprocessing.column_codes(column, targets)
+        if codes is not None and preprocessing.is_code(codes):
+            finding = preprocessing.categorical_code(feature, codes)
+            repairs.append(_encoded(inputs, feature, codes.encoded, finding, "a code"))
+            continue
+        cycle = preprocessing.column_cycle(column, targets)
+        if cycle.explained > preprocessing.PERIOD_SHARE:
+            finding = preprocessing.wraparound(feature, cycle)
+            repairs.append(_encoded(inputs, feature, cycle.encoded, finding, "a cycle"))
+    return tuple(repairs)
+
+
+def _encoded(
+    inputs: Array, feature: int, encoded: np.ndarray, finding: Finding, name: str
+) -> Repair:
+    column = np.asarray(inputs[:, feature], np.float64)
+    # In the column's own scale, so that the encoding is all that changes.
+    scaled = (encoded - encoded.mean()) / max(encoded.std(), 1e-30)
+    scaled = scaled * column.std() + column.mean()
+    return Repair(
+        f"encoding feature {feature} as {name}",
+        "columns",
+        lambda copy, key: copy,
+        (),
+        finding,
+        is_suspected=True,
+        inputs=inputs.at[:, feature].set(scaled.astype(inputs.dtype)),
     )

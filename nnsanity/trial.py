@@ -92,7 +92,7 @@ class Trial(NamedTuple):
         batch_size: examples in one step.
     """
 
-    train: Callable[[Copy, Array], Outcome]
+    train: functools.partial[Outcome]
     plain: Copy
     num_steps: int
     batch_size: int
@@ -121,6 +121,13 @@ def prepare(problem: Problem, key: Array, *, num_steps: int, batch_size: int) ->
         rows,
     )
     return Trial(train, plain(problem), marks * per_mark, batch_size)
+
+
+def with_inputs(trial: Trial, inputs: PyTree) -> Trial:
+    """Returns the trial on other inputs of the same shapes; compiles nothing anew."""
+    (_, targets), rows = trial.train.args
+    train = functools.partial(trial.train.func, (inputs, targets), rows)
+    return trial._replace(train=train)
 
 
 def plain(problem: Problem) -> Copy:

@@ -22,6 +22,7 @@ FLOORS = {
     "repairs": 3,
     "interventions": 3,
     "lint": 3,
+    "verdicts": 3,
     "checkup": 3,
     "monitor": 3,
     "report": 4,

@@ -57,6 +57,13 @@ def kind_of_targets(outputs: PyTree, targets: PyTree) -> str | None:
     return "binary" if np.isin(values, (-1, 1)).all() else "numbers"
 
 
+def target_columns(targets: Array, kind: str | None) -> Array:
+    """Returns targets as [examples, columns] of numbers, classes as one-hot rows."""
+    if kind == "classes":
+        return jax.nn.one_hot(targets.reshape(-1), int(targets.max()) + 1)
+    return in_float32(targets).reshape(targets.shape[0], -1)
+
+
 def quality(outputs: Array, targets: Array, kind: str) -> Array:
     """Measures how much better the outputs are than the best constant output.
 
@@ -241,7 +248,8 @@ def judge_wrong_loss(
         learned: the quality from which a network counts as learning.
     """
     falls = reached < start - 0.1 * abs(start)
-    if not falls or not perfect > reached + 0.05 * abs(start) or explained > learned:
+    margin = 0.01 * max(abs(perfect), abs(reached))
+    if not falls or not perfect > reached + margin or explained > learned:
         return ()
     return (
         Finding(

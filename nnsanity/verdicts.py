@@ -1,0 +1,125 @@
+"""What only a training can show: symmetry, memorizing, a loss that asks otherwise."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from nnsanity._tree import inexact_leaves
+from nnsanity._types import Array
+from nnsanity.checks import initialization, preprocessing, regularization, results
+from nnsanity.findings import Finding
+from nnsanity.interventions import Diagnosis
+from nnsanity.levels import FAILED, LEARNED
+from nnsanity.measure import data_loss, measure_network, perfect_loss, some_examples
+from nnsanity.problem import Problem
+
+MIN_NEIGHBORHOOD, MAX_NEIGHBORHOOD = 50, 2000
+"""Fewest and most examples whose neighbours are compared."""
+CONSTANT_SHARE = 0.95
+"""Loss in units of a constant output's, from which on nothing counts as learned."""
+
+
+def judge_outcomes(
+    problem: Problem,
+    diagnosis: Diagnosis,
+    findings: Sequence[Finding],
+    measurements: Mapping[str, Any],
+) -> tuple[list[Finding], dict[str, Any]]:
+    """Judges a training and, where it failed and nothing explains it, says so.
+
+    Args:
+        problem: what was trained.
+        diagnosis: how it went, and what repairs changed.
+        findings: what is known already.
+        measurements: of the untrained network.
+
+    Returns:
+        More findings, and more measurements by name.
+    """
+    outcome, level = diagnosis.outcomes[0], diagnosis.level
+    found = [
+        *_symmetry(problem, diagnosis, measurements),
+        *regularization.judge_overfitting(outcome.seen_quality, outcome.quality),
+    ]
+    measured: dict[str, Any] = {}
+    if level < LEARNED:
+        found += _contradictions(problem, measured)
+    if level <= FAILED:
+        found += _wrong_loss(problem, diagnosis)
+    known = (*findings, *diagnosis.causes)
+    if level <= FAILED and not _has_alarm((*known, *found)):
+        found += _shuffled(problem, measured)
+    if level <= FAILED and not _has_alarm((*known, *found)):
+        found += _unexplained(problem, diagnosis, measurements["constant_loss"])
+    return found, measured
+
+
+def _has_alarm(findings: Sequence[Finding]) -> bool:
+    return any(finding.severity != "info" for finding in findings)
+
+
+def _symmetry(
+    problem: Problem, diagnosis: Diagnosis, measurements: Mapping[str, Any]
+) -> tuple[Finding, ...]:
+    params = diagnosis.outcomes[0].params
+    finite = all(np.isfinite(leaf).all() for leaf in inexact_leaves(params))
+    if not finite or not problem.network.layers:
+        return ()
+    trained = problem._replace(params=params)
+    end = measure_network(trained, some_examples(problem)).weights
+    return initialization.judge_symmetry(measurements["weights"], end, problem.network)
+
+
+def _columns(problem: Problem, targets: Array) -> Array | None:
+    """Returns targets as one row for each example, where there is one."""
+    is_table = isinstance(problem.inputs, jax.Array)
+    if problem.kind is None or not is_table:
+        return None
+    columns = results.target_columns(targets, problem.kind)
+    return columns if len(columns) == len(targets) else None
+
+
+def _contradictions(problem: Problem, measured: dict) -> tuple[Finding, ...]:
+    columns = _columns(problem, problem.targets)
+    if columns is None:
+        return ()
+    measured["contradictions"] = preprocessing.contradictions(problem.inputs, columns)
+    return preprocessing.judge_contradictions(measured["contradictions"])
+
+
+def _wrong_loss(problem: Problem, diagnosis: Diagnosis) -> tuple[Finding, ...]:
+    batch = some_examples(problem)
+    return results.judge_wrong_loss(
+        perfect=perfect_loss(problem, batch),
+        reached=data_loss(problem, diagnosis.outcomes[0].params, batch),
+        start=data_loss(problem, problem.params, batch),
+        explained=diagnosis.level,
+        learned=FAILED,
+    )
+
+
+def _shuffled(problem: Problem, measured: dict) -> tuple[Finding, ...]:
+    inputs, targets = problem.batch(slice(MAX_NEIGHBORHOOD))
+    columns = _columns(problem, targets)
+    if columns is None or problem.tokens or problem.size < MIN_NEIGHBORHOOD:
+        return ()
+    # A fixed key: the shuffles are a yardstick, and the report should not depend on it.
+    near = preprocessing.neighbors(inputs, columns, key=jax.random.key(0))
+    measured["neighbors"] = near
+    return preprocessing.judge_neighbors(near)
+
+
+def _unexplained(
+    problem: Problem, diagnosis: Diagnosis, constant: float
+) -> tuple[Finding, ...]:
+    params = diagnosis.outcomes[0].params
+    reached = data_loss(problem, params, some_examples(problem))
+    if reached < CONSTANT_SHARE * constant:
+        return ()
+    return (
+        results.no_better_than_constant(
+            diagnosis.level, problem.num_steps, diagnosis.ruled_out
+        ),
+    )

@@ -164,17 +164,21 @@ def test_redrawn_keeps_dtypes_and_depends_on_the_key():
 
 
 @pytest.mark.parametrize(
-    ("gains", "name", "ratio"),
-    [((30, 1), "w1", 30 / math.sqrt(2)), ((1.4, 0.01), "w2", 0.01)],
+    ("gains", "name", "ratio", "alarms"),
+    [
+        ((30, 1), "w1", 30 / math.sqrt(2), False),  # from first to last nothing changes
+        ((1.4, 0.01), "w2", 0.01, True),
+        ((1.4, 60), "w2", 60, True),
+        ((1.4, 3), "w2", 3, False),
+    ],
 )
-def test_worst_scale(gains, name, ratio):
+def test_worst_scale(gains, name, ratio, alarms):
     worst = worst_scale(weight_stats(mlp, mlp_params(*gains), INPUTS), NETWORK)
     assert worst.layer.layer.name == name
     assert worst.ratio == pytest.approx(ratio, rel=0.15)
-    (found,) = judge_scale(worst, num_layers=2)
-    assert (found.rule, found.where) == ("initialization/off-scale", name)
-    initializer = "he_normal" if name == "w1" else "lecun_normal"
-    assert f"jax.nn.initializers.{initializer}()" in found.advice
+    found = judge_scale(worst, num_layers=2)
+    assert [one.rule for one in found] == ["initialization/off-scale"] * alarms
+    assert all("jax.nn.initializers.lecun_normal()" in one.advice for one in found)
 
 
 def test_healthy_scale():

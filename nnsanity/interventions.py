@@ -30,6 +30,9 @@ NUM_SEEDS = 3
 MIN_GAIN = 0.1
 """Gain in quality that a repair must bring (the gap that DeepChecker-style benchmarks
 ask for between a faulty program and its twin)."""
+MIN_RATE_GAIN = 0.2
+"""The same for another learning rate: no rate is the best one, and nearly every healthy
+program could learn somewhat more at another."""
 MIN_SHARE = 0.2
 """Share of what is missing to a perfect quality that a repair must bring."""
 SUSPICION_BONUS = 0.15
@@ -216,14 +219,18 @@ def _differences(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return np.maximum(after[:seeds], 0) - np.maximum(before[:seeds], 0)
 
 
-def _needed(before: _Arm) -> float:
-    return max(MIN_GAIN, MIN_SHARE * (1 - max(before.level, 0.0)))
+def _needed(before: _Arm, after: _Arm | None = None) -> float:
+    """The gain that counts, of what was repaired last."""
+    is_rate = after is not None and [one.group for one in after.repairs] == ["rate"]
+    least = MIN_RATE_GAIN if is_rate else MIN_GAIN
+    return max(least, MIN_SHARE * (1 - max(before.level, 0.0)))
 
 
 def _helps(before: _Arm, after: _Arm) -> bool:
     """Tells whether a copy learned clearly better, and from every seed."""
     gains = _differences(before.levels, after.levels)
-    return _gain(before, after) >= _needed(before) and bool((gains > 0).all())
+    is_enough = _gain(before, after) >= _needed(before, after)
+    return is_enough and bool((gains > 0).all())
 
 
 def _helpful_singles(
@@ -363,6 +370,6 @@ def _effect(
         lab.trial.num_steps,
         NUM_SEEDS,
         gain,
-        _needed(before),
+        _needed(before, after),
         bool(before.repairs),
     )

@@ -82,7 +82,9 @@ def feature_moments(values: Array, *, axis_name: str | None = None) -> Moments:
     first = jnp.sum(filled, axes) / divisor
     residual = jnp.where(finite, values - first, 0)
     correction = jnp.sum(residual, axes) / divisor
-    squares = jnp.sum(residual**2, axes) - divisor * correction**2
+    squares = jnp.sum(residual**2, axes)
+    corrected = squares - divisor * correction**2
+    squares = jnp.where(jnp.isfinite(squares), corrected, squares)
     moments = Moments(
         count,
         first + correction,

@@ -96,6 +96,9 @@ def checked_problem(
         )
     inputs, targets = _checked_pair(data, "data")
     size = num_examples(inputs)
+    for name, number in (("batch_size", batch_size), ("num_steps", num_steps)):
+        if not isinstance(number, int | np.integer):
+            raise TypeError(f"checkup: {name} must be an integer, got {number!r}")
     if not 1 <= batch_size <= size:
         raise ValueError(
             f"checkup: batch_size must be from 1 to the {size} examples of data, got"
@@ -172,7 +175,8 @@ def _checked_pair(data: object, name: str) -> tuple[PyTree, PyTree]:
     lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(pair)}
     if not lengths or () in lengths:
         raise ValueError(
-            f"checkup: every array of {name} must have a leading axis of examples"
+            f"checkup: every array of {name} must have a leading axis of examples; give"
+            " arrays, not lists of numbers or lists of unequal length: np.asarray(...)"
         )
     if len(lengths) > 1:
         shapes = [np.shape(leaf) for leaf in jax.tree.leaves(pair)]

@@ -134,7 +134,6 @@ def _wrapped(text: str, indent: str) -> list[str]:
         WIDTH,
         initial_indent=indent,
         subsequent_indent=" " * len(indent),
-        break_long_words=False,
         break_on_hyphens=False,
     )
 

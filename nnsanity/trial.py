@@ -72,6 +72,9 @@ class Outcome(NamedTuple):
         seen_quality: float32[marks + 1], on the same examples.
         quality: float32[marks + 1], on examples held out; 1 is perfect, 0 a constant,
             NaN where outputs can't be compared with targets.
+        validation_losses: float32[marks + 1], on the user's own validation data; NaN
+            where there are none.
+        validation_quality: float32[marks + 1], on the same.
         params: at the end.
     """
 
@@ -79,6 +82,8 @@ class Outcome(NamedTuple):
     losses: Array
     seen_quality: Array
     quality: Array
+    validation_losses: Array
+    validation_quality: Array
     params: Params
 
 
@@ -118,6 +123,7 @@ def prepare(problem: Problem, key: Array, *, num_steps: int, batch_size: int) ->
     train = functools.partial(
         jax.jit(functools.partial(_train, problem, batch_size, marks, per_mark)),
         problem.batch(slice(None)),
+        take_examples(problem.validation, slice(MAX_EVALUATED)),
         rows,
     )
     return Trial(train, plain(problem), marks * per_mark, batch_size)
@@ -125,8 +131,8 @@ def prepare(problem: Problem, key: Array, *, num_steps: int, batch_size: int) ->
 
 def with_inputs(trial: Trial, inputs: PyTree) -> Trial:
     """Returns the trial on other inputs of the same shapes; compiles nothing anew."""
-    (_, targets), rows = trial.train.args
-    train = functools.partial(trial.train.func, (inputs, targets), rows)
+    (_, targets), *rest = trial.train.args
+    train = functools.partial(trial.train.func, (inputs, targets), *rest)
     return trial._replace(train=train)
 
 
@@ -178,6 +184,7 @@ def _train(
     marks: int,
     per_mark: int,
     data: tuple[PyTree, PyTree],
+    validation: tuple[PyTree, PyTree] | None,
     rows: tuple[Array, Array, Array],
     copy: Copy,
     key: Array,
@@ -187,6 +194,7 @@ def _train(
     order_key, noise_key = jax.random.split(key)
     optimizer = problem.optimizer or optax.identity()
     loss_fn = _loss_of(problem, copy)
+    quiet_loss_fn = _replaced_loss(problem, copy)
     apply_fn = _network_of(problem, copy)
     num_steps = marks * per_mark
     batches = _batch_rows(order_key, seen, num_steps, batch_size)
@@ -199,36 +207,53 @@ def _train(
         loss, grads = jax.value_and_grad(loss_fn, allow_int=True)(
             params, batch, step_key
         )
-        grads = _without_float0(params, grads)
-        updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
-        updates = jax.tree.map(lambda update: _scaled(update, copy), updates)
-        return (optax.apply_updates(params, updates), optimizer_state), loss
+        floats = _floats(params, params)
+        updates, optimizer_state = optimizer.update(
+            _floats(params, grads), optimizer_state, floats
+        )
+        updates = jax.tree.map(
+            lambda update: (update * copy.update_scale).astype(update.dtype), updates
+        )
+        moved = optax.apply_updates(floats, updates)
+        return (_with_floats(params, moved), optimizer_state), loss
 
     def evaluate(params: Params) -> tuple[Array, ...]:
         on_seen = _prepared(problem, copy, take_examples(data, seen_evaluated))
         on_held_out = _prepared(problem, copy, take_examples(data, held_out))
-        loss = _replaced_loss(problem, copy)(params, on_seen)
-        return (
-            in_float32(loss),
-            *_qualities(problem, apply_fn, params, on_seen, on_held_out),
-        )
+        batches = [on_seen, on_held_out]
+        losses = [in_float32(quiet_loss_fn(params, on_seen)), jnp.float32(jnp.nan)]
+        if validation is not None:
+            batches.append(_prepared(problem, copy, validation))
+            losses[1] = in_float32(quiet_loss_fn(params, batches[-1]))
+        qualities = _qualities(problem, apply_fn, params, *batches)
+        qualities += [jnp.float32(jnp.nan)] * (3 - len(batches))
+        return (losses[0], *qualities[:2], losses[1], qualities[2])
 
     def mark(state: tuple, now: tuple) -> tuple[tuple, tuple]:
         state, losses = jax.lax.scan(step, state, now)
         return state, (losses, evaluate(state[0]))
 
-    state = (copy.params, optimizer.init(copy.params))
+    state = (copy.params, optimizer.init(_floats(copy.params, copy.params)))
     by_mark = jax.tree.map(
         lambda leaf: leaf.reshape(marks, per_mark, *leaf.shape[1:]),
         (batches, noise_keys),
     )
     (params, _), (batch_losses, later) = jax.lax.scan(mark, state, by_mark)
-    losses, seen_quality, held_out_quality = (
-        jnp.concatenate([first[None], rest])
-        for first, rest in zip(evaluate(copy.params), later, strict=True)
+    curves = jax.tree.map(
+        lambda first, rest: jnp.concatenate([first[None], rest]),
+        evaluate(copy.params),
+        later,
     )
-    batch_losses = in_float32(batch_losses.reshape(-1))
-    return Outcome(batch_losses, losses, seen_quality, held_out_quality, params)
+    losses, seen, held, validation_losses, validation_quality = curves
+    return Outcome(
+        in_float32(batch_losses.reshape(-1)),
+        losses,
+        seen,
+        held,
+        validation_losses,
+        validation_quality,
+        params,
+    )
 
 
 def _batch_rows(key: Array, rows: Array, num_steps: int, batch_size: int) -> Array:
@@ -260,19 +285,17 @@ def _affine(values: Array, shift: Array, scale: Array) -> Array:
     return ((values - shift) / scale).astype(values.dtype)
 
 
-def _scaled(update: Array, copy: Copy) -> Array:
-    if not is_inexact(update):
-        return update
-    return (update * copy.update_scale).astype(update.dtype)
-
-
-def _without_float0(params: Params, grads: PyTree) -> PyTree:
-    """Puts zeros where integer parameters have no gradient."""
+def _floats(params: Params, tree: PyTree) -> PyTree:
+    """Keeps what stands where the parameters are floating-point, and None elsewhere."""
     return jax.tree.map(
-        lambda leaf, grad: grad if is_inexact(leaf) else jnp.zeros_like(leaf),
-        params,
-        grads,
+        lambda leaf, one: one if is_inexact(leaf) else None, params, tree
     )
+
+
+def _with_floats(params: Params, floats: PyTree) -> Params:
+    """Puts back what ``_floats`` left out."""
+    moved = iter(jax.tree.leaves(floats))
+    return jax.tree.map(lambda leaf: next(moved) if is_inexact(leaf) else leaf, params)
 
 
 def _replacements(problem: Problem, copy: Copy) -> dict[str, Replacement]:

@@ -14,6 +14,7 @@ from nnsanity.interventions import Diagnosis
 from nnsanity.levels import FAILED, LEARNED
 from nnsanity.measure import data_loss, measure_network, perfect_loss, some_examples
 from nnsanity.problem import Problem
+from nnsanity.trial import Outcome
 
 MIN_NEIGHBORHOOD, MAX_NEIGHBORHOOD = 50, 2000
 """Fewest and most examples whose neighbours are compared."""
@@ -41,7 +42,7 @@ def judge_outcomes(
     outcome, level = diagnosis.outcomes[0], diagnosis.level
     found = [
         *_symmetry(problem, diagnosis, measurements),
-        *regularization.judge_overfitting(outcome.seen_quality, outcome.quality),
+        *_overfitting(outcome, findings),
     ]
     measured: dict[str, Any] = {}
     if level < LEARNED:
@@ -70,6 +71,17 @@ def _symmetry(
     trained = problem._replace(params=params)
     end = measure_network(trained, some_examples(problem)).weights
     return initialization.judge_symmetry(measurements["weights"], end, problem.network)
+
+
+def _overfitting(outcome: Outcome, findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    if any(finding.rule == "normalization/split-mismatch" for finding in findings):
+        return ()  # which explains any gap
+    return regularization.judge_overfitting(
+        losses=outcome.losses,
+        quality=outcome.seen_quality,
+        validation_losses=outcome.validation_losses,
+        validation_quality=outcome.validation_quality,
+    )
 
 
 def _columns(problem: Problem, targets: Array) -> Array | None:

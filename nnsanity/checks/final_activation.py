@@ -71,8 +71,9 @@ def reachable(bounds: Bounds, targets: Array) -> Reachable:
     shape = (low.shape[0], -1)
     low, high = (jnp.reshape(end, shape)[:1] for end in (low, high))
     targets = jnp.reshape(targets, (targets.shape[0], -1))
-    room = _TOLERANCE * jnp.maximum(jnp.max(jnp.abs(targets)), 1e-6)
-    out = (targets < low - room) | (targets > high + room)
+    finite = jnp.where(jnp.isfinite(targets), jnp.abs(targets), 0)
+    room = _TOLERANCE * jnp.maximum(jnp.max(finite), 1e-6)
+    out = ~((targets >= low - room) & (targets <= high + room))
     return Reachable(
         jnp.mean(out, dtype=jnp.float32),
         jnp.min(targets),

@@ -78,16 +78,26 @@ def _leaf_stats(leaf: Array) -> tuple[Array, ...]:
     size = max(math.prod(leaf.shape), 1)
     magnitude = jnp.abs(in_float32(leaf) if jnp.isrealobj(leaf) else leaf)
     largest = jnp.max(magnitude, initial=0.0)
-    is_zero = magnitude == 0
-    num_zero = jnp.sum(is_zero)
     # Scaled by the largest, the squares neither overflow nor vanish.
     scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     norm = scale * jnp.sqrt(jnp.sum((magnitude / scale) ** 2))
-    is_subnormal = ~is_zero & (magnitude < float(jnp.finfo(leaf.dtype).tiny))
+    is_subnormal = _is_subnormal(leaf)
+    num_zero = jnp.sum((magnitude == 0) & ~is_subnormal)
     nonfinite = jnp.sum(~jnp.isfinite(magnitude)) / size
     underflow = jnp.sum(is_subnormal) / jnp.maximum(size - num_zero, 1)
     columns = (norm, largest, num_zero / size, nonfinite, underflow)
     return tuple(column.astype(jnp.float32) for column in columns)
+
+
+def _is_subnormal(leaf: Array) -> Array:
+    """Reads the bits: processors may take subnormal numbers for zero."""
+    if not jnp.isrealobj(leaf):
+        return _is_subnormal(leaf.real) | _is_subnormal(leaf.imag)
+    info = jnp.finfo(leaf.dtype)
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{info.bits}"))
+    fraction = bits & ((1 << info.nmant) - 1)
+    exponent = (bits >> info.nmant) & ((1 << info.nexp) - 1)
+    return (exponent == 0) & (fraction != 0)
 
 
 class DeadUnits(NamedTuple):

@@ -91,7 +91,7 @@ def _size(weight: Array) -> Array:
 def _signal(values: Array, *, one: Located) -> tuple[Array, Array]:
     values = in_float32(values)
     size = jnp.sqrt(jnp.mean(values**2))
-    axes = one.stages[-1].axes if one.stages else one.axes
+    axes = one.linear_stages[-1].axes if one.linear_stages else one.axes
     centre = jnp.mean(values, axis=axes, keepdims=True)
     spread = jnp.max(jnp.abs(values - centre))
     return jnp.std(values), spread / jnp.where(size > 0, size, 1)
@@ -171,10 +171,15 @@ def worst_scale(stats: WeightStats, network: Network) -> Scale | None:
     }
     if not ratios:
         return None
-    worst = max(ratios, key=lambda index: abs(math.log(max(ratios[index], 1e-12))))
+    worst = max(ratios, key=lambda index: _distance(ratios[index]))
     first, last = float(host.signal[0]), float(host.signal[-1])
     change = last / first if first > 0 else 0.0
     return Scale(network.layers[worst], ratios[worst], change)
+
+
+def _distance(ratio: float) -> float:
+    """How far a ratio is from 1, either way; a NaN is furthest."""
+    return abs(math.log(max(ratio, 1e-12))) if math.isfinite(ratio) else math.inf
 
 
 def judge_scale(worst: Scale | None, *, num_layers: int) -> tuple[Finding, ...]:

@@ -5,6 +5,7 @@ Everything downstream, from initialization to optimizer, assumes mean 0 and devi
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -260,7 +261,7 @@ def judge_targets(measured: Normalization, output_size: float) -> tuple[Finding,
     host = jax.tree.map(np.atleast_1d, jax.device_get(measured))
     findings = [*_nonfinite(host.moments, "nonfinite-target", "targets")]
     size = float(np.sqrt(np.mean(host.root_mean_square**2)))
-    reference = max(output_size, 1.0)
+    reference = max(output_size, 1.0) if math.isfinite(output_size) else 1.0
     if not size <= TARGET_LIMIT * reference:
         deviation = np.sqrt(host.moments.square_deviations / host.moments.count.clip(1))
         findings.append(
@@ -289,6 +290,8 @@ def judge_finite_targets(moments: Moments) -> tuple[Finding, ...]:
 def judge_split(training: Moments, held_out: Moments) -> tuple[Finding, ...]:
     """Compares the moments of two sets that should come from one pipeline."""
     train, other = jax.tree.map(np.atleast_1d, jax.device_get((training, held_out)))
+    if other.nonfinite.any():
+        return tuple(_nonfinite(other, "nonfinite-input", "validation inputs"))
     train_deviation, other_deviation = (
         np.sqrt(one.square_deviations / np.maximum(one.count, 1))
         for one in (train, other)

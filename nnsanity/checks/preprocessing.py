@@ -92,9 +92,9 @@ def contradictions(inputs: Array, targets: Array) -> Contradictions:
 
 
 def _row_hashes(inputs: Array) -> list[Array]:
-    rows = inputs.reshape(inputs.shape[0], -1)
-    # Adding zero makes -0.0 and 0.0 one number.
-    bits = jax.lax.bitcast_convert_type(rows.astype(jnp.float32) + 0.0, jnp.uint32)
+    rows = inputs.reshape(inputs.shape[0], -1).astype(jnp.float32)
+    rows = jnp.where(rows == 0, 0, rows)  # -0.0 and 0.0 are one number
+    bits = jax.lax.bitcast_convert_type(rows, jnp.uint32)
     column = jnp.arange(bits.shape[1], dtype=jnp.uint32)
     hashes = []
     for seed in (0x9E3779B1, 0x85EBCA77):

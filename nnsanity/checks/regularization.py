@@ -7,29 +7,40 @@ nothing overfits.  Start at 0.25 or 0.1" (D. Holden).
 import math
 
 import numpy as np
+import numpy.typing as npt
 
-from nnsanity._types import Array
 from nnsanity.findings import Finding, number
 
 GAP_LIMIT = 0.3
-"""Healthy distance between the quality on examples seen and on others."""
-FALL_LIMIT = 0.1
-"""Healthy fall of the quality on other examples from its own best."""
+"""Healthy distance between the quality on training and on validation data."""
+RISE_LIMIT = 1.25
+"""Healthy validation loss in units of its own minimum."""
 
 
-def judge_overfitting(seen: Array, held_out: Array) -> tuple[Finding, ...]:
+def judge_overfitting(
+    *,
+    losses: npt.ArrayLike,
+    quality: npt.ArrayLike,
+    validation_losses: npt.ArrayLike,
+    validation_quality: npt.ArrayLike,
+) -> tuple[Finding, ...]:
     """Says whether a network forgets the task while it learns examples by heart.
 
     Args:
-        seen: [marks], quality on examples that were trained on.
-        held_out: [marks], quality on others, at the same times.
+        losses: [marks], on examples that are trained on.
+        quality: [marks], on the same.
+        validation_losses: [marks], on validation data, at the same times.
+        validation_quality: [marks], on the same.
     """
-    curves = np.stack([seen, held_out])
+    names = (losses, quality, validation_losses, validation_quality)
+    curves = np.stack([np.asarray(curve, np.float64) for curve in names])
     if not np.isfinite(curves).all():
         return ()
-    seen_end, end = (float(np.median(curve[-3:])) for curve in curves)
-    best, gap = float(curves[1].max()), seen_end - end
-    if not (gap > GAP_LIMIT and best - end > FALL_LIMIT and best > FALL_LIMIT):
+    best = int(np.argmin(curves[2]))
+    rise = curves[2, -1] / max(curves[2, best], 1e-12)
+    gap = float(np.median(curves[1, -3:]) - np.median(curves[3, -3:]))
+    still_falls = curves[0, -1] < curves[0, best]
+    if not (rise > RISE_LIMIT and gap > GAP_LIMIT and still_falls and best > 0):
         return ()
     return (
         Finding(
@@ -37,13 +48,13 @@ def judge_overfitting(seen: Array, held_out: Array) -> tuple[Finding, ...]:
             4,
             "warning",
             "network",
-            gap,
-            GAP_LIMIT,
-            f"On examples that were held out the quality rose to {number(best)} and"
-            f" fell back to {number(end)}, while it went on to {number(gap + end)} on"
-            " those that were trained on: the network learns examples by heart.",
+            float(rise),
+            RISE_LIMIT,
+            f"The validation loss fell to {number(curves[2, best])} and rose again to"
+            f" {number(curves[2, -1])}, while the training loss went on to"
+            f" {number(curves[0, -1])}: the network learns examples by heart.",
             "Get more data, or make more by augmentation; add dropout of 0.1 to 0.25 or"
-            " weight decay; stop at the best point.",
+            " weight decay; stop at the lowest point of the validation loss.",
         ),
     )
 

@@ -37,15 +37,16 @@ def kind_of_targets(outputs: PyTree, targets: PyTree) -> str | None:
     """
     if not hasattr(outputs, "shape") or not hasattr(targets, "shape"):
         return None
+    if jnp.issubdtype(targets.dtype, jnp.floating):
+        targets = in_float32(targets)  # NumPy does not know bfloat16
     targets = np.asarray(targets)
-    if not (
-        np.issubdtype(targets.dtype, np.number) or np.issubdtype(targets.dtype, bool)
-    ):
+    if targets.dtype.kind not in "biuf":
         return None
     if np.issubdtype(targets.dtype, np.integer) and len(outputs.shape) > 1:
         squeezed = tuple(size for size in targets.shape[1:] if size != 1)
         classes = outputs.shape[-1]
-        if outputs.shape[1:-1] == squeezed and classes > max(int(targets.max()), 1):
+        counts_up = targets.min() >= 0 and classes > max(int(targets.max()), 1)
+        if outputs.shape[1:-1] == squeezed and counts_up:
             return "classes"
     if math.prod(outputs.shape[1:]) != math.prod(targets.shape[1:]):
         return None
@@ -177,7 +178,8 @@ def perfect_outputs(shape: Sequence[int], targets: np.ndarray, kind: str) -> Arr
     if kind == "numbers":
         return jnp.asarray(truth[None])
     signs = truth if truth.min() < 0 else 2 * truth - 1
-    return jnp.stack([truth, *(signs * size for size in (2, 5, 20))])
+    clipped = truth.clip(1e-6, 1 - 1e-6)  # for a log without a guard
+    return jnp.stack([truth, clipped, *(signs * size for size in (2, 5, 20))])
 
 
 def judge_meeting(places: Sequence[str]) -> tuple[Finding, ...]:

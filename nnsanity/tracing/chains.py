@@ -54,15 +54,25 @@ class Chains:
         self.is_output = {value for value in steps.outputs if value is not None}
 
     def stages(self, value: int, axes: tuple[int, ...]) -> Iterator[Stage]:
-        """Yields the stages that follow a layer, up to and with its nonlinearity."""
+        """Yields the stages that follow a layer, up to and with its nonlinearity.
+
+        A nonlinearity can take several stages, as a clip is a maximum and a minimum.
+        """
+        is_activated = False
         while True:
             stage = self._softmax(value, axes) or self._next(value, axes)
-            if stage is None:
+            if stage is None or (is_activated and not self._goes_on(stage)):
                 return
             yield stage
-            if stage.kind in ("activation", "softmax"):
+            if stage.kind == "softmax":
                 return
+            is_activated |= stage.kind == "activation"
             value, axes = stage.end, stage.axes
+
+    def _goes_on(self, stage: Stage) -> bool:
+        """Tells whether a stage still belongs to the nonlinearity before it."""
+        has_weight = any(self.steps.weights(step) for step in stage.steps)
+        return stage.kind == "activation" or (stage.kind == "affine" and not has_weight)
 
     def _softmax(self, value: int, axes: tuple[int, ...]) -> Stage | None:
         """Joins the stages of a softmax: less the maximum, exp, over the sum."""

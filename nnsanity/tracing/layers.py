@@ -76,8 +76,13 @@ class Located(NamedTuple):
     @property
     def before(self) -> int:
         """Number of the value that enters the nonlinearity."""
-        stages = self.stages if self.activation is None else self.stages[:-1]
-        return stages[-1].end if stages else self.start
+        linear = self.linear_stages
+        return linear[-1].end if linear else self.start
+
+    @property
+    def linear_stages(self) -> tuple[Stage, ...]:
+        """The stages before the nonlinearity."""
+        return linear_part(self.stages)
 
     @property
     def after(self) -> int:
@@ -185,22 +190,33 @@ def _locate(
     )
 
 
+def linear_part(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Returns the stages before the first nonlinearity."""
+    for index, stage in enumerate(stages):
+        if stage.kind in ("activation", "softmax"):
+            return stages[:index]
+    return stages
+
+
 def _activation(
     steps: Steps, program: Program, start: int, stages: tuple[Stage, ...]
 ) -> Activation | None:
-    if not stages or stages[-1].kind not in ("activation", "softmax"):
+    linear = linear_part(stages)
+    if len(linear) == len(stages):
         return None
-    last = stages[-1]
-    if last.kind == "softmax":
-        is_log = "log" in all_operations(last.steps)
+    if stages[-1].kind == "softmax":
+        is_log = "log" in all_operations(stages[-1].steps)
         return Activation("log_softmax" if is_log else "softmax")
-    before = stages[-2].end if len(stages) > 1 else start
-    consts = {
+    taken = [step for stage in stages[len(linear) :] for step in stage.steps]
+    before = linear[-1].end if linear else start
+    consts = steps.literals | {
         number: value
         for number, value in zip(steps.consts, program.consts, strict=True)
         if np.size(value) == 1
     }
-    return activation.recognize(last.steps, before, last.end, consts)
+    return activation.recognize(
+        steps.with_constants(taken), before, stages[-1].end, consts
+    )
 
 
 def _named(located: list[Located], names: tuple[str, ...]) -> tuple[Located, ...]:

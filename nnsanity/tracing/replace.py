@@ -145,10 +145,9 @@ def output_layer(network: Network) -> Located | None:
     if len(steps.outputs) != 1:
         return None
     value = steps.outputs[0]
-    makers = {output: step for step in steps.steps for output in step.outputs}
     by_output = {located.after: located for located in network.layers}
     while value is not None and value not in by_output:
-        step = makers.get(value)
+        step = steps.makers.get(value)
         if step is None or step.eqn.primitive.name not in STRUCTURAL:
             return None
         value = step.inputs[0]

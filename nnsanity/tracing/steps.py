@@ -6,8 +6,8 @@ derivative of its own (``custom_jvp``, ``custom_vjp``) unless it holds a layer, 
 opening it would lose that derivative.
 """
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from nnsanity.tracing import compat
 from nnsanity.tracing.compat import Equation, Jaxpr, Program
@@ -88,6 +88,8 @@ class Steps(NamedTuple):
         sites: where each value is born, None for arguments and constants.
         parameters: for each value the leaves of the parameters that it depends on.
         data: for each value whether it depends on an argument that is no parameter.
+        literals: values that are known from the program's text alone.
+        makers: the step that makes each value; none for arguments and constants.
     """
 
     steps: tuple[Step, ...]
@@ -98,12 +100,28 @@ class Steps(NamedTuple):
     sites: list[Site | None]
     parameters: list[frozenset[int]]
     data: list[bool]
+    literals: dict[int, Any]
+    makers: dict[int, Step]
 
     def is_weight(self, value: int | None) -> bool:
         """Tells whether a value is made from parameters alone."""
         return (
             value is not None and bool(self.parameters[value]) and not self.data[value]
         )
+
+    def with_constants(self, steps: Sequence[Step]) -> list[Step]:
+        """Adds the steps that make the constants among the operands of some steps."""
+        needed = {step.path: step for step in steps}
+        waiting = list(steps)
+        while waiting:
+            for value in waiting.pop().inputs:
+                maker = None if value is None else self.makers.get(value)
+                if maker is None or value is None or maker.path in needed:
+                    continue
+                if not self.data[value] and not self.parameters[value]:
+                    needed[maker.path] = maker
+                    waiting.append(maker)
+        return [needed[path] for path in sorted(needed)]
 
     def weights(self, step: Step) -> list[int]:
         """Returns the operands of a step that are made from parameters alone."""
@@ -138,6 +156,8 @@ def open_up(program: Program, num_parameters: int) -> Steps:
         builder.sites,
         builder.parameters,
         builder.data,
+        builder.literals,
+        {output: step for step in builder.steps for output in step.outputs},
     )
 
 
@@ -154,6 +174,7 @@ class _Builder:
         self.sites: list[Site | None] = []
         self.parameters: list[frozenset[int]] = []
         self.data: list[bool] = []
+        self.literals: dict[int, Any] = {}
 
     def value(
         self,
@@ -189,11 +210,21 @@ class _Builder:
             body = compat.called_jaxpr(eqn)
             if body is not None and not self._stays_closed(eqn, operands):
                 inner_consts = [self.value(var.aval) for var in body[0].constvars]
-                outputs = self.open(body[0], operands, inner_consts, here)
+                passed = [
+                    self._literal(atom) if operand is None else operand
+                    for atom, operand in zip(eqn.invars, operands, strict=True)
+                ]
+                outputs = self.open(body[0], passed, inner_consts, here)
             else:
                 outputs = self._add(eqn, operands, here)
             numbers |= dict(zip(eqn.outvars, outputs, strict=True))
         return tuple(number(atom) for atom in jaxpr.outvars)
+
+    def _literal(self, atom: compat.Atom) -> int:
+        """Adds a literal that is passed into a call, where it becomes a variable."""
+        number = self.value(atom.aval)
+        self.literals[number] = atom.val
+        return number
 
     def _stays_closed(self, eqn: Equation, operands: tuple[int | None, ...]) -> bool:
         if not eqn.primitive.name.startswith("custom_"):

@@ -50,7 +50,8 @@ def inexact_leaves(tree: PyTree) -> list[Array]:
 
 def accumulation_dtype(*arrays: Array) -> np.dtype:
     """Returns float32, or float64 where an array has it."""
-    return jnp.promote_types(jnp.float32, jnp.result_type(*arrays))
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(jnp.float32, jnp.result_type(*arrays))
 
 
 def in_float32(array: Array) -> Array:

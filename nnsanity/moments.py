@@ -15,6 +15,8 @@ _CONSTANT = 1e-6
 class Moments(NamedTuple):
     """Moments of each feature, mergeable over batches and devices.
 
+    Fields of values without a feature axis are scalars.
+
     Attributes:
         count: int32[features], finite values seen.
         mean: float32[features].
@@ -34,13 +36,14 @@ class Moments(NamedTuple):
     @property
     def deviation(self) -> Array:
         """Standard deviation of each feature, of the population; 0 for no values."""
-        return jnp.sqrt(self.square_deviations / jnp.maximum(self.count, 1))
+        count = jnp.maximum(self.count, 1).astype(self.mean.dtype)
+        return jnp.sqrt(self.square_deviations / count)
 
     @property
     def is_constant(self) -> Array:
         """Which features do not vary beyond the rounding of their numbers."""
         size = jnp.maximum(jnp.abs(self.mean), jnp.finfo(self.mean.dtype).tiny)
-        return ~(self.deviation > _CONSTANT * size)
+        return (self.minimum == self.maximum) | ~(self.deviation > _CONSTANT * size)
 
 
 def feature_moments(values: Array, *, axis_name: str | None = None) -> Moments:
@@ -113,9 +116,10 @@ def _checked(values: Array) -> Array:
 def _merged_over(moments: Moments, axis_name: str) -> Moments:
     count = jax.lax.psum(moments.count, axis_name)
     divisor = jnp.maximum(count, 1).astype(moments.mean.dtype)
-    weight = moments.count / divisor
+    seen = moments.count.astype(divisor.dtype)
+    weight = seen / divisor
     mean = jax.lax.psum(weight * moments.mean, axis_name)
-    between = moments.count * (moments.mean - mean) ** 2
+    between = seen * (moments.mean - mean) ** 2
     return Moments(
         count,
         mean,
@@ -146,12 +150,11 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     count = a.count + b.count
     divisor = jnp.maximum(count, 1).astype(a.mean.dtype)
     delta = b.mean - a.mean
+    seen, share = a.count.astype(divisor.dtype), b.count.astype(divisor.dtype) / divisor
     return Moments(
         count,
-        a.mean + delta * (b.count / divisor),
-        a.square_deviations
-        + b.square_deviations
-        + delta**2 * a.count * (b.count / divisor),
+        a.mean + delta * share,
+        a.square_deviations + b.square_deviations + delta**2 * seen * share,
         jnp.minimum(a.minimum, b.minimum),
         jnp.maximum(a.maximum, b.maximum),
         a.nonfinite + b.nonfinite,

@@ -66,7 +66,7 @@ def test_at_least(severity, expected):
 
 
 def test_unknown_severity():
-    with pytest.raises(ValueError, match="severity must be one of .* got 'fatal'"):
+    with pytest.raises(ValueError, match=r"severity must be one of .* got 'fatal'"):
         at_least(ALL, "fatal")
 
 

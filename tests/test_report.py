@@ -183,7 +183,7 @@ def test_nothing_to_raise_for():
 
 @pytest.mark.parametrize("report", [FULL, HEALTHY])
 def test_unknown_severity(report):
-    with pytest.raises(ValueError, match="severity must be one of .* got 'fatal'"):
+    with pytest.raises(ValueError, match=r"severity must be one of .* got 'fatal'"):
         report.raise_for("fatal")
 
 

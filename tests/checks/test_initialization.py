@@ -38,7 +38,7 @@ def mlp(params, x):
     return x @ params["w2"] + params["b2"]
 
 
-def mlp_params(gain1=math.sqrt(2), gain2=1.0, units=64):
+def mlp_params(gain1=1.414, gain2=1.0, units=64):
     w1, w2 = (RNG.normal(size=shape) for shape in ((20, units), (units, 5)))
     return jax.tree.map(
         jnp.float32,

@@ -14,7 +14,7 @@ _RANDOM = np.random.default_rng(0)
 INPUTS = _RANDOM.normal(size=(64, 3)).astype(np.float32)
 IMAGES = _RANDOM.normal(size=(8, 6, 6, 2)).astype(np.float32)
 WEIGHTS = tuple(
-    (_RANDOM.normal(size=shape).astype(np.float32), np.zeros(shape[1], np.float32))
+    (_RANDOM.normal(size=shape).astype(np.float32), np.full(shape[1], 1.0, np.float32))
     for shape in ((3, 4), (4, 5), (5, 2))
 )
 KERNEL = _RANDOM.normal(size=(3, 3, 2, 4)).astype(np.float32)
@@ -220,12 +220,10 @@ WRAPPED = {
     "custom_jvp": through(relu_with_own_tangent),
     "custom_vjp": through(relu_with_own_gradient),
     "remat": jax.checkpoint(through(jax.nn.relu)),
-    "remat_policy": saving(jax.checkpoint_policies.dots_saveable)(
-        through(jax.nn.relu)
-    ),
+    "remat_policy": saving(jax.checkpoint_policies.dots_saveable)(through(jax.nn.relu)),
     "remat_in_jit": jax.jit(jax.checkpoint(jax.jit(through(jax.nn.relu)))),
-    "vmap": lambda params, x: jax.vmap(
-        lambda row: through(jax.nn.relu)(params, row)
-    )(x),
+    "vmap": lambda params, x: jax.vmap(lambda row: through(jax.nn.relu)(params, row))(
+        x
+    ),
 }
 """The same network of the first two layers, behind the calls of JAX."""

@@ -27,7 +27,7 @@ CALLS = {
 CONTROL_FLOW = {
     "scan": lambda x: jax.lax.scan(lambda c, _: (c * 2, None), x, None, length=2)[0],
     "while": lambda x: jax.lax.while_loop(lambda c: c[0] < 9, lambda c: c * 2, x),
-    "vmap of cond": lambda x: jax.lax.cond(True, jnp.sin, jnp.cos, x),
+    "cond": lambda x: jax.lax.cond(True, jnp.sin, jnp.cos, x),
 }
 PLAIN = {
     "sin": jnp.sin,

@@ -1,0 +1,236 @@
+"""What all public measurements have in common, one table over them."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nnsanity as ns
+
+RNG = np.random.default_rng(0)
+PARAMS = {
+    "w1": jnp.asarray(RNG.normal(size=(3, 6)), jnp.float32),
+    "b1": jnp.array([0, 0, -50, 0, 50, -50.0]),
+    "w2": jnp.asarray(RNG.normal(size=(6, 2)), jnp.float32),
+}
+INPUTS = jnp.asarray(RNG.normal(size=(40, 3)), jnp.float32)
+MOMENTS = ns.feature_moments(INPUTS)
+
+
+def apply_fn(params, x):
+    return jax.nn.relu(x @ params["w1"] + params["b1"]) @ params["w2"]
+
+
+PUBLIC = {
+    "activations": (lambda p, x: ns.activations(apply_fn, p, x), (PARAMS, INPUTS)),
+    "dead_units": (lambda p, x: ns.dead_units(apply_fn, p, x), (PARAMS, INPUTS)),
+    "weight_stats": (lambda p, x: ns.weight_stats(apply_fn, p, x), (PARAMS, INPUTS)),
+    "gradient_stats": (ns.gradient_stats, (PARAMS,)),
+    "feature_moments": (ns.feature_moments, (INPUTS,)),
+    "merge_moments": (ns.merge_moments, (MOMENTS, MOMENTS)),
+    "z_scores": (ns.z_scores, (INPUTS, MOMENTS)),
+    "normalization": (ns.normalization, (INPUTS,)),
+}
+
+
+def other(arguments):
+    """Arguments of the same shapes with other numbers."""
+    return jax.tree.map(lambda leaf: (leaf * 2).astype(leaf.dtype), arguments)
+
+
+def assert_equal(found, expected):
+    chex.assert_trees_all_equal_structs(found, expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_eager_equals_jit(name):
+    measure, arguments = PUBLIC[name]
+    compiled = jax.jit(measure)
+    for one in (arguments, other(arguments)):
+        assert_equal(compiled(*one), measure(*one))
+    first, second = measure(*arguments), measure(*other(arguments))
+    if name != "dead_units":
+        with pytest.raises(AssertionError):
+            chex.assert_trees_all_close(first, second)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_results_are_arrays_of_known_shapes(name):
+    measure, arguments = PUBLIC[name]
+    found = jax.jit(measure)(*arguments)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found))
+    shapes = jax.eval_shape(measure, *arguments)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, shapes)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_no_callback_and_no_transfer(name):
+    measure, arguments = PUBLIC[name]
+    program = str(jax.make_jaxpr(measure)(*arguments))
+    assert "callback" not in program
+    assert "device_put" not in program
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_vmap_is_a_loop(name):
+    measure, arguments = PUBLIC[name]
+    runs = (arguments, other(arguments))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
+    expected = [jax.jit(measure)(*one) for one in runs]
+    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected)
+    assert_equal(jax.jit(jax.vmap(measure))(*stacked), expected)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_as_the_state_of_a_scan(name):
+    measure, arguments = PUBLIC[name]
+    expected = jax.jit(measure)(*arguments)
+
+    def step(state, _):
+        return measure(*arguments), jax.tree.map(jnp.copy, state)
+
+    assert_equal(jax.lax.scan(step, expected, None, length=2)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["activations", "dead_units", "weight_stats"])
+def test_one_trace_of_the_network_for_repeated_calls(name):
+    traces = []
+
+    def counted(params, x):
+        traces.append(name)
+        return apply_fn(params, x)
+
+    measure = getattr(ns, name)
+    for scale in (1, 2, 3):
+        measure(counted, PARAMS, INPUTS * scale)
+    assert traces == [name]
+    measure(counted, PARAMS, INPUTS[:7])
+    assert traces == [name, name]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_one_trace_of_the_measurement_within_jit(name):
+    measure, arguments = PUBLIC[name]
+    traces = []
+
+    def counted(*arguments):
+        traces.append(name)
+        return measure(*arguments)
+
+    compiled = jax.jit(counted)
+    for one in (arguments, other(arguments), other(other(arguments))):
+        compiled(*one)
+    assert traces == [name]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_arguments_are_left_alone(name):
+    measure, arguments = PUBLIC[name]
+    before = jax.tree.map(np.array, arguments)
+    measure(*arguments)
+    chex.assert_trees_all_equal(before, jax.tree.map(np.asarray, arguments))
+
+
+HALVES = {
+    "gradient_stats": (PARAMS,),
+    "feature_moments": (INPUTS,),
+    "z_scores": (INPUTS, MOMENTS),
+    "normalization": (INPUTS,),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("name", HALVES)
+def test_half_precision_in_float32_out(name, dtype):
+    first, *rest = HALVES[name]
+    measure = PUBLIC[name][0]
+    half = jax.tree.map(lambda leaf: leaf.astype(dtype), first)
+    found = jax.jit(measure)(half, *rest)
+    expected = jax.jit(measure)(
+        jax.tree.map(lambda leaf: leaf.astype("f4"), half), *rest
+    )
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", [*HALVES, "merge_moments"])
+def test_users_may_forbid_promotion(name, dtype):
+    measure, (first, *rest) = PUBLIC[name]
+    if name != "merge_moments":
+        first = jax.tree.map(lambda leaf: leaf.astype(dtype), first)
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(measure, first, *rest)
+
+
+SHARDED = """
+    import json
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+    import nnsanity as ns
+
+    assert len(jax.devices()) == 4
+    random = np.random.default_rng(0)
+    inputs = (100 + random.normal(size=(64, 3))).astype(np.float32)
+    params = {"w": random.normal(size=(3, 5)).astype(np.float32)}
+    params["b"] = np.float32([-1e4, 0, 1e4, 0, 0])
+    params["b"][3] = 0.5 - np.max(inputs @ params["w"], axis=0)[3]
+    mesh = Mesh(np.array(jax.devices()), "batch", axis_types=(AxisType.Auto,))
+
+    def apply_fn(params, x):
+        return jax.nn.relu(x @ params["w"] + params["b"])
+
+    def measure(params, x):
+        dead = ns.dead_units(apply_fn, params, x)
+        return ns.feature_moments(x), ns.gradient_stats({"x": x}), dead
+
+    def run(spec):
+        x = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec(*spec)))
+        compiled = jax.jit(measure).lower(params, x).compile()
+        leaves = jax.tree.leaves(compiled(params, x))
+        return [np.asarray(leaf).tolist() for leaf in leaves], compiled.as_text()
+
+    sharded, text = run(["batch"])
+    whole, _ = run([])
+    entering = inputs @ params["w"] + params["b"]
+    assert 0 < np.sum(entering[:, 3] > 0) < 16  # alive on one device, if at all
+    dead = np.all(entering <= 0, axis=0).tolist()
+    collectives = ["all-gather" in text, "all-reduce" in text]
+    print(json.dumps([dead, whole, sharded, collectives]))
+"""
+
+
+def test_sharded_over_the_batch_equals_unsharded():
+    root = Path(ns.__file__).parents[1]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SHARDED)],
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    dead, whole, sharded, (gathers, reduces) = json.loads(run.stdout)
+    assert len(whole) == len(sharded) == 6 + 5 + 2
+    for one, two in zip(whole, sharded, strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-4)
+    assert sharded[-2] == whole[-2] == dead
+    assert dead[0]
+    assert not all(dead)
+    assert sharded[-1] == pytest.approx(np.mean(dead))
+    assert reduces
+    assert not gathers

@@ -106,7 +106,7 @@ def test_progress_is_told():
 
 PROOFS = {
     "shuffled targets": (
-        {"data": (INPUTS, SHUFFLED), "num_steps": 60},
+        {"data": (INPUTS, SHUFFLED), "num_steps": 30},
         "results/uninformative-targets",
         "deviations from chance",
     ),

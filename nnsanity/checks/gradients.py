@@ -147,7 +147,10 @@ def dead_units(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> DeadUnits:
         site = network.site(one.after)
         names[site] = one.layer.name
         read[site] = functools.partial(
-            _is_dead, flat_values=one.activation.flat_values, unit_axes=one.unit_axes
+            _is_dead,
+            flat_values=one.activation.flat_values,
+            unit_axes=one.unit_axes,
+            units=one.layer.units,
         )
     leaves = jax.tree.leaves((params, inputs))
     _, collected = evaluate(network.program, leaves, Taps(read=read))
@@ -158,14 +161,19 @@ def dead_units(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> DeadUnits:
 
 
 def _is_dead(
-    values: Array, *, flat_values: tuple[float, ...], unit_axes: tuple[int, ...]
+    values: Array,
+    *,
+    flat_values: tuple[float, ...],
+    unit_axes: tuple[int, ...],
+    units: int,
 ) -> Array:
     is_flat = functools.reduce(
         jnp.logical_or,
         [values == jnp.asarray(flat, values.dtype) for flat in flat_values],
     )
     others = tuple(axis for axis in range(values.ndim) if axis not in unit_axes)
-    return jnp.all(is_flat, axis=others).reshape(-1)
+    # A flattened image has each channel once for every position.
+    return jnp.all(jnp.all(is_flat, axis=others).reshape(-1, units), axis=0)
 
 
 def judge_gradients(

@@ -58,8 +58,8 @@ def recognize(
     with jax.ensure_compile_time_eval():
         outputs = _run(steps, start, end, consts)
     if outputs is None or outputs.shape != _GRID.shape:
-        return Activation(_name_of_last(steps))
-    name = _name_by_values(outputs) or _name_of_last(steps)
+        return Activation(name_of_last(steps))
+    name = _name_by_values(outputs) or name_of_last(steps)
     windows = [outputs[window] for window in (_LOW_END, _HIGH_END)]
     flat = [float(values[0]) for values in windows if (values == values[0]).all()]
     slopes = np.abs(np.diff(outputs) / np.diff(_GRID))
@@ -97,17 +97,23 @@ def _apply(eqn: compat.Equation, operands: Sequence) -> list | None:
     if body is not None:
         return _apply_body(*body, operands)
     if name == "convert_element_type":
-        return [jnp.asarray(operands[0]).astype(eqn.params["new_dtype"])]
+        return [_cast(operands[0], eqn.params["new_dtype"])]
     if name in STRUCTURAL:
         return list(operands)
     like_grid = [np.ndim(operand) for operand in operands]
     if any(like_grid) and name != "clamp":
         dtypes = [atom.aval.dtype for atom in eqn.invars]
         operands = [
-            jnp.broadcast_to(jnp.asarray(operand, dtype), _GRID.shape)
+            jnp.broadcast_to(_cast(operand, dtype), _GRID.shape)
             for operand, dtype in zip(operands, dtypes, strict=True)
         ]
     return compat.bind(eqn, operands)
+
+
+def _cast(operand: Any, dtype: Any) -> jax.Array:
+    """Casts, but keeps float32 for all floats: bfloat16 rounds a tanh flat."""
+    is_float = jnp.issubdtype(dtype, jnp.floating)
+    return jnp.asarray(operand).astype(jnp.float32 if is_float else dtype)
 
 
 def _apply_body(
@@ -130,7 +136,8 @@ def _read(values: Mapping, atom: compat.Atom) -> Any:
     return atom.val if compat.is_literal(atom) else values[atom]
 
 
-def _name_of_last(steps: Sequence[Step]) -> str:
+def name_of_last(steps: Sequence[Step]) -> str:
+    """Names what is not known after the operation that it ends in."""
     eqn = steps[-1].eqn
     return str(eqn.params.get("name") or eqn.primitive.name)
 

@@ -48,15 +48,21 @@ class Chains:
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
         self.users: list[list[int]] = [[] for _ in steps.avals]
-        for index, step in enumerate(steps.steps):
-            for value in {value for value in step.inputs if value is not None}:
-                self.users[value].append(index)
         self.is_output = {value for value in steps.outputs if value is not None}
+        live = set(self.is_output)  # a print or a result thrown away uses nothing
+        for index in reversed(range(len(steps.steps))):
+            step = steps.steps[index]
+            if live.isdisjoint(step.outputs):
+                continue
+            for value in {value for value in step.inputs if value is not None}:
+                self.users[value].insert(0, index)
+                live.add(value)
 
     def stages(self, value: int, axes: tuple[int, ...]) -> Iterator[Stage]:
         """Yields the stages that follow a layer, up to and with its nonlinearity.
 
-        A nonlinearity can take several stages, as a clip is a maximum and a minimum.
+        A nonlinearity can take several stages, as a clip is a maximum and a minimum;
+        some of the last ones may turn out not to belong to it.
         """
         is_activated = False
         while True:
@@ -113,7 +119,7 @@ class Chains:
         """
         waiting = list(self.users[value])
         heapq.heapify(waiting)
-        num_open = len(waiting) + (value in self.is_output)
+        num_open = len(waiting)
         region, taken = {value}, list[Step]()
         while waiting and len(taken) < _MAX_STEPS_IN_A_STAGE:
             index = heapq.heappop(waiting)

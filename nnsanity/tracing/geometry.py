@@ -112,4 +112,8 @@ def _through_reshape(
         for axis, size in reversed([*enumerate(new)])
     }
     found = tuple(starts.get((math.prod(old[:axis]), old[axis])) for axis in axes)
-    return None if None in found else tuple(axis for axis in found if axis is not None)
+    if None not in found:
+        return tuple(axis for axis in found if axis is not None)
+    # Positions and channels laid out as one axis, channels last.
+    is_flattened = axes == (len(old) - 1,) and len(new) == 2 and old[0] == new[0]
+    return (1,) if is_flattened else None

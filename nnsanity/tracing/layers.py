@@ -167,7 +167,7 @@ def _locate(
     leaves = steps.parameters[geometry.weight]
     main = max(leaves, key=lambda leaf: (math.prod(steps.avals[leaf].shape), -leaf))
     stages = tuple(chains.stages(step.outputs[0], geometry.axes))
-    nonlinearity = _activation(steps, program, step.outputs[0], stages)
+    stages, nonlinearity = _nonlinearity(steps, program, step.outputs[0], stages)
     own = [
         steps.parameters[value]
         for stage in stages
@@ -198,25 +198,40 @@ def linear_part(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     return stages
 
 
-def _activation(
+def _nonlinearity(
     steps: Steps, program: Program, start: int, stages: tuple[Stage, ...]
-) -> Activation | None:
-    linear = linear_part(stages)
-    if len(linear) == len(stages):
-        return None
+) -> tuple[tuple[Stage, ...], Activation | None]:
+    """Recognizes the nonlinearity, and drops the stages that do not belong to it."""
+    num_linear = len(linear_part(stages))
+    if num_linear == len(stages):
+        return stages, None
     if stages[-1].kind == "softmax":
         is_log = "log" in all_operations(stages[-1].steps)
-        return Activation("log_softmax" if is_log else "softmax")
-    taken = [step for stage in stages[len(linear) :] for step in stage.steps]
-    before = linear[-1].end if linear else start
+        return stages, Activation("log_softmax" if is_log else "softmax")
     consts = steps.literals | {
         number: value
         for number, value in zip(steps.consts, program.consts, strict=True)
         if np.size(value) == 1
     }
-    return activation.recognize(
-        steps.with_constants(taken), before, stages[-1].end, consts
-    )
+    first = num_linear  # a scaling by numbers before it is part of what it does
+    while first and _is_scaling(steps, stages[first - 1]):
+        first -= 1
+    for begin in sorted({first, num_linear}):
+        before = stages[begin - 1].end if begin else start
+        for end in range(len(stages), num_linear, -1):
+            taken = [step for stage in stages[begin:end] for step in stage.steps]
+            found = activation.recognize(
+                steps.with_constants(taken), before, stages[end - 1].end, consts
+            )
+            if not math.isnan(found.slope):
+                return stages[:end], found
+    kept = stages[: num_linear + 1]
+    return kept, Activation(activation.name_of_last(kept[-1].steps))
+
+
+def _is_scaling(steps: Steps, stage: Stage) -> bool:
+    has_weight = any(steps.weights(step) for step in stage.steps)
+    return stage.kind == "affine" and not has_weight
 
 
 def _named(located: list[Located], names: tuple[str, ...]) -> tuple[Located, ...]:
@@ -251,11 +266,8 @@ def _uninspected(
     reasons = {}
     for index, name in enumerate(leaf_names(params)):
         aval = steps.avals[index]
-        if index in covered or not is_inexact(aval) or len(aval.shape) < 2:
-            continue
-        reasons[name] = (
-            f"used inside of {hidden_in[index]}, not looked into yet"
-            if index in hidden_in
-            else "not the weight of a product with the inputs or of a look-up"
-        )
+        if index in hidden_in:
+            reasons[name] = f"used inside of {hidden_in[index]}, not looked into yet"
+        elif index not in covered and is_inexact(aval) and len(aval.shape) > 1:
+            reasons[name] = "not the weight of a product with the inputs or a look-up"
     return reasons

@@ -52,7 +52,8 @@ def replaced(
         blueprint: the network alone, which says where each layer ends; inside of a
             loss, what follows the last layer would be taken for a part of it.
         replacements: what to put at which layer, by name.  Layers that ``fn`` does
-            not have are passed over.
+            not have are passed over, and so are those inside of a call whose
+            derivative the user wrote.
         penalty_scale: factor of every scalar made from parameters alone that is added
             to the result; 0 leaves out an L2 penalty inside of the loss.
     """
@@ -81,11 +82,16 @@ def matched(network: Network, blueprint: Network) -> Iterator[tuple[Located, tup
     planned = {located.layer.name: located for located in blueprint.layers}
     for located in network.layers:
         plan = planned.get(located.layer.name)
-        if plan is None:
+        if plan is None or _has_own_derivative(network, located.step.path):
             continue
         stages = located.stages[: len(plan.stages)]
         if [stage.kind for stage in stages] == [stage.kind for stage in plan.stages]:
             yield located._replace(activation=plan.activation), stages
+
+
+def _has_own_derivative(network: Network, path: tuple[int, ...]) -> bool:
+    prefixes = {path[:depth] for depth in range(1, len(path))}
+    return not prefixes.isdisjoint(network.steps.own_derivative)
 
 
 def penalties(network: Network) -> list[int]:
@@ -93,7 +99,7 @@ def penalties(network: Network) -> list[int]:
     steps, found = network.steps, []
     for step in steps.steps:
         scalars = [steps.avals[value].shape == () for value in step.outputs]
-        if step.eqn.primitive.name in ("add", "add_any") and all(scalars):
+        if step.eqn.primitive.name in ("add", "add_any", "sub") and all(scalars):
             meets_data = any(
                 value is not None and steps.data[value] for value in step.inputs
             )

@@ -88,6 +88,8 @@ class Steps(NamedTuple):
         sites: where each value is born, None for arguments and constants.
         parameters: for each value the leaves of the parameters that it depends on.
         data: for each value whether it depends on an argument that is no parameter.
+        own_derivative: paths of opened calls whose derivative the user wrote; running
+            them again equation by equation would lose it.
         literals: values that are known from the program's text alone.
         makers: the step that makes each value; none for arguments and constants.
     """
@@ -100,6 +102,7 @@ class Steps(NamedTuple):
     sites: list[Site | None]
     parameters: list[frozenset[int]]
     data: list[bool]
+    own_derivative: frozenset[tuple[int, ...]]
     literals: dict[int, Any]
     makers: dict[int, Step]
 
@@ -156,6 +159,7 @@ def open_up(program: Program, num_parameters: int) -> Steps:
         builder.sites,
         builder.parameters,
         builder.data,
+        frozenset(builder.own_derivative),
         builder.literals,
         {output: step for step in builder.steps for output in step.outputs},
     )
@@ -175,6 +179,7 @@ class _Builder:
         self.parameters: list[frozenset[int]] = []
         self.data: list[bool] = []
         self.literals: dict[int, Any] = {}
+        self.own_derivative: set[tuple[int, ...]] = set()
 
     def value(
         self,
@@ -209,6 +214,8 @@ class _Builder:
             here = (*path, index)
             body = compat.called_jaxpr(eqn)
             if body is not None and not self._stays_closed(eqn, operands):
+                if eqn.primitive.name.startswith("custom_"):
+                    self.own_derivative.add(here)
                 inner_consts = [self.value(var.aval) for var in body[0].constvars]
                 passed = [
                     self._literal(atom) if operand is None else operand

@@ -35,6 +35,20 @@ from nnsanity.tracing.bounds import output_bounds
 from nnsanity.trial import prepare
 from nnsanity.verdicts import judge_outcomes
 
+LIMITED = frozenset(
+    {
+        "normalization/unnormalized-inputs",
+        "normalization/unnormalized-targets",
+        "normalization/scale-disparity",
+        "results/start-loss",
+        "gradients/exploding",
+        "gradients/vanishing",
+        "gradients/dead-units",
+        "initialization/off-scale",
+    }
+)
+"""Rules whose limit the user can set."""
+
 NOT_YET = {
     "preprocessing": "of item 3, continuity and invariances are not built yet",
     "width": "item 11 is not built yet",
@@ -115,6 +129,12 @@ def checkup(
     References:
         D. Holden, "My Neural Network isn't working! What should I do?" (2017).
     """
+    unknown = set(limits or {}) - LIMITED
+    if unknown:
+        raise ValueError(
+            f"checkup: limits holds rules without a limit, {sorted(unknown)}; it takes"
+            f" {sorted(LIMITED)}"
+        )
     tell = progress or (lambda line: None)
     problem = checked_problem(
         apply_fn,
@@ -153,9 +173,6 @@ class _Book:
         self.findings: list[Finding] = []
         self.measurements: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
-
-    def limit(self, rule: str, default: float) -> float:
-        return self.limits.get(rule, default)
 
 
 def _read(problem: Problem, book: _Book) -> None:
@@ -196,7 +213,9 @@ def _measure_data(problem: Problem, book: _Book) -> None:
             groups = problem.groups if leaf.ndim > 1 else None
             measured = normalization.normalization(leaf, groups=groups)
             book.measurements[name] = measured
-            book.findings += normalization.judge_inputs(measured, name=name)
+            book.findings += normalization.judge_inputs(
+                measured, name=name, limits=book.limits
+            )
     if problem.validation is not None and not problem.tokens:
         pairs = zip(
             jax.tree.leaves(problem.inputs),
@@ -210,7 +229,7 @@ def _measure_data(problem: Problem, book: _Book) -> None:
         measured = normalization.normalization(problem.targets)
         size = output_size(problem, some_examples(problem)[0])
         book.measurements["targets"] = measured
-        book.findings += normalization.judge_targets(measured, size)
+        book.findings += normalization.judge_targets(measured, size, limits=book.limits)
     else:
         for leaf in inexact_leaves(problem.targets):
             moments = feature_moments(leaf)
@@ -223,19 +242,20 @@ def _measure_network(problem: Problem, book: _Book) -> None:
     measured = measure_network(problem, batch)
     constant = constant_loss(problem, batch)
     book.measurements |= measured._asdict() | {"constant_loss": constant}
-    limit = book.limit("results/start-loss", results.START_LIMIT)
+    book.findings += initialization.judge_finite(problem.params)
+    limit = book.limits.get("results/start-loss", results.START_LIMIT)
     start = data_loss(problem, problem.params, batch)
     book.findings += results.judge_start(start, constant, limit)
     by_layer = {one.layer.name: one.weight for one in problem.network.layers}
     book.findings += gradients.judge_gradients(
-        measured.gradients, problem.params, by_layer
+        measured.gradients, problem.params, by_layer, limits=book.limits
     )
     book.findings += gradients.judge_dead_units(
-        measured.dead_units, num_examples(batch[0])
+        measured.dead_units, num_examples(batch[0]), limits=book.limits
     )
     worst = initialization.worst_scale(measured.weights, problem.network)
     book.findings += initialization.judge_scale(
-        worst, num_layers=len(problem.network.layers)
+        worst, num_layers=len(problem.network.layers), limits=book.limits
     )
 
 

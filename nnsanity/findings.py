@@ -1,6 +1,7 @@
 """What a diagnosis is made of: findings, their severities and their words."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 ITEMS = {
@@ -20,6 +21,10 @@ ITEMS = {
 do?", in its order."""
 
 SEVERITIES = ("error", "warning", "info")
+
+Limits = Mapping[str, float]
+"""The user's own limits by rule, in the place of the one that a check has."""
+NO_LIMITS: Limits = MappingProxyType({})
 
 
 class Finding(NamedTuple):

@@ -30,9 +30,9 @@ NUM_SEEDS = 3
 MIN_GAIN = 0.1
 """Gain in quality that a repair must bring (the gap that DeepChecker-style benchmarks
 ask for between a faulty program and its twin)."""
-MIN_RATE_GAIN = 0.2
-"""The same for another learning rate: no rate is the best one, and nearly every healthy
-program could learn somewhat more at another."""
+MIN_GAIN_BY_CHANCE = 0.2
+"""The same for another learning rate or other weights: nearly every healthy program
+could learn somewhat more from some other choice of these."""
 MIN_SHARE = 0.2
 """Share of what is missing to a perfect quality that a repair must bring."""
 SUSPICION_BONUS = 0.15
@@ -221,8 +221,9 @@ def _differences(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 def _needed(before: _Arm, after: _Arm | None = None) -> float:
     """The gain that counts, of what was repaired last."""
-    is_rate = after is not None and [one.group for one in after.repairs] == ["rate"]
-    least = MIN_RATE_GAIN if is_rate else MIN_GAIN
+    groups = [] if after is None else [one.group for one in after.repairs]
+    is_chance = groups in (["rate"], ["weights"])
+    least = MIN_GAIN_BY_CHANCE if is_chance else MIN_GAIN
     return max(least, MIN_SHARE * (1 - max(before.level, 0.0)))
 
 

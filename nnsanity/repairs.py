@@ -164,7 +164,7 @@ def _weight_repairs(problem: Problem) -> tuple[Repair, ...]:
             "weights",
             redraw,
             ("initialization/off-scale",),
-            initialization.off_scale(*worst),
+            initialization.poor_start(worst.layer),
         ),
     )
 

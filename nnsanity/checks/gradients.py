@@ -15,7 +15,7 @@ import numpy as np
 
 from nnsanity._tree import in_float32, inexact_leaves, is_inexact, leaf_names
 from nnsanity._types import ApplyFn, Array, Params, PyTree
-from nnsanity.findings import Finding, listed, number
+from nnsanity.findings import NO_LIMITS, Finding, Limits, listed, number
 from nnsanity.tracing.layers import Located, inspect
 from nnsanity.tracing.reach import Cut, Reach
 from nnsanity.tracing.tap import Taps, evaluate
@@ -177,7 +177,11 @@ def _is_dead(
 
 
 def judge_gradients(
-    stats: GradientStats, params: Params, weights: Mapping[str, int]
+    stats: GradientStats,
+    params: Params,
+    weights: Mapping[str, int],
+    *,
+    limits: Limits = NO_LIMITS,
 ) -> tuple[Finding, ...]:
     """Says what is unusual about the gradients of an untrained network.
 
@@ -185,6 +189,7 @@ def judge_gradients(
         stats: as ``gradient_stats`` returns, on one large batch.
         params: to name the leaves.
         weights: leaf index of the main weight of each layer, in the order of execution.
+        limits: the user's own, by rule.
     """
     host = jax.device_get(stats)
     inexact = [
@@ -198,10 +203,13 @@ def judge_gradients(
         names = [name for name, one in zip(inexact, bad, strict=True) if one]
         findings.append(_nonfinite(names, len(inexact)))
     largest = np.nan_to_num(host.largest, nan=np.inf)
-    if largest.size and not largest.max() <= EXPLODING_LIMIT:
-        findings.append(_exploding(inexact[int(largest.argmax())], largest.max()))
+    limit = limits.get("gradients/exploding", EXPLODING_LIMIT)
+    if largest.size and not largest.max() <= limit:
+        name = inexact[int(largest.argmax())]
+        findings.append(_exploding(name, float(largest.max()), limit))
     if len(weights) > 1:
-        findings += _vanishing(host, params, weights)
+        limit = limits.get("gradients/vanishing", VANISHING_LIMIT)
+        findings += _vanishing(host, params, weights, limit)
     return tuple(findings)
 
 
@@ -220,22 +228,22 @@ def _nonfinite(names: list[str], num_leaves: int) -> Finding:
     )
 
 
-def _exploding(name: str, largest: float) -> Finding:
+def _exploding(name: str, largest: float, limit: float) -> Finding:
     return Finding(
         "gradients/exploding",
         8,
         "info",
         name,
-        float(largest),
-        EXPLODING_LIMIT,
-        f"The largest gradient of the untrained network is {number(float(largest))}.",
+        largest,
+        limit,
+        f"The largest gradient of the untrained network is {number(largest)}.",
         "Normalize inputs and targets, then rescale the weights; a smaller learning"
         " rate only hides it.",
     )
 
 
 def _vanishing(
-    host: GradientStats, params: Params, weights: Mapping[str, int]
+    host: GradientStats, params: Params, weights: Mapping[str, int], limit: float
 ) -> list[Finding]:
     leaves = jax.tree.leaves(params)
     position = {
@@ -250,7 +258,7 @@ def _vanishing(
     }
     (first, first_size), *_, (last, last_size) = sizes.items()
     ratio = first_size / last_size if last_size > 0 else math.inf
-    if ratio >= VANISHING_LIMIT and first_size >= TINY_GRADIENT:
+    if ratio >= limit and first_size >= TINY_GRADIENT:
         return []
     if not math.isfinite(ratio) and first_size >= TINY_GRADIENT:
         return []
@@ -261,7 +269,7 @@ def _vanishing(
             "info",
             first,
             ratio,
-            VANISHING_LIMIT,
+            limit,
             f"The gradient of {first} is {number(first_size)}, that of {last}"
             f" {number(last_size)}: what the loss says does not arrive at the first"
             " layers.",
@@ -291,14 +299,18 @@ def harmful_activation(first: Located, names: list[str]) -> Finding:
     )
 
 
-def judge_dead_units(measured: DeadUnits, num_examples: int) -> tuple[Finding, ...]:
+def judge_dead_units(
+    measured: DeadUnits, num_examples: int, *, limits: Limits = NO_LIMITS
+) -> tuple[Finding, ...]:
     """Says which layers have dead units."""
+    limit = limits.get("gradients/dead-units", DEAD_LIMIT)
     host = jax.device_get(measured)
     findings = []
     for name, fraction in host.fraction.items():
         enough = num_examples >= DEAD_EXAMPLES or fraction == 1
-        if enough and not fraction <= DEAD_LIMIT:
-            findings.append(_dead(name, host.dead[name], float(fraction), num_examples))
+        if enough and not fraction <= limit:
+            finding = _dead(name, host.dead[name], float(fraction), num_examples)
+            findings.append(finding._replace(limit=limit))
     return tuple(findings)
 
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnsanity._tree import in_float32
+from nnsanity._tree import in_float32, is_inexact, leaf_names
 from nnsanity._types import ApplyFn, Array, Params, PyTree
-from nnsanity.findings import Finding, number
+from nnsanity.findings import NO_LIMITS, Finding, Limits, listed, number
 from nnsanity.tracing.layers import Located, Network, inspect
 from nnsanity.tracing.tap import Taps, evaluate
 
@@ -182,13 +182,18 @@ def _distance(ratio: float) -> float:
     return abs(math.log(max(ratio, 1e-12))) if math.isfinite(ratio) else math.inf
 
 
-def judge_scale(worst: Scale | None, *, num_layers: int) -> tuple[Finding, ...]:
+def judge_scale(
+    worst: Scale | None, *, num_layers: int, limits: Limits = NO_LIMITS
+) -> tuple[Finding, ...]:
     """Suspects weights that are off scale where the signal shows it."""
     if worst is None:
         return ()
-    off = not 1 / GAIN_FACTOR <= worst.ratio <= GAIN_FACTOR
+    factor = limits.get("initialization/off-scale", GAIN_FACTOR)
+    off = not 1 / factor <= worst.ratio <= factor
     moved = not 1 / SIGNAL_FACTOR <= worst.change <= SIGNAL_FACTOR
-    return (off_scale(*worst),) if off and (moved or num_layers == 1) else ()
+    if not (off and (moved or num_layers == 1)):
+        return ()
+    return (off_scale(*worst)._replace(limit=factor),)
 
 
 def off_scale(one: Located, ratio: float, change: float) -> Finding:
@@ -212,6 +217,46 @@ def off_scale(one: Located, ratio: float, change: float) -> Finding:
         f" signal changes {number(change)}-fold from the first layer to the last.",
         f"Draw them from jax.nn.initializers.{name}(), as Flax's kernel_init argument,"
         " and start the biases at zero.",
+    )
+
+
+def poor_start(one: Located) -> Finding:
+    """The finding that fresh weights learn, though none was off scale."""
+    return Finding(
+        "initialization/poor-start",
+        9,
+        "info",
+        one.layer.name,
+        math.nan,
+        math.nan,
+        "The network learns less from these weights than from fresh ones of the usual"
+        " size, though no layer is off scale.",
+        "Try another key, jax.nn.initializers.he_normal() before ReLU, and biases of"
+        " zero; a wider network depends less on its first weights.",
+    )
+
+
+def judge_finite(params: Params) -> tuple[Finding, ...]:
+    """Says which parameters are NaN or infinite before any training."""
+    leaves = zip(leaf_names(params), jax.tree.leaves(params), strict=True)
+    bad = [
+        name
+        for name, leaf in leaves
+        if is_inexact(leaf) and not bool(jnp.isfinite(leaf).all())
+    ]
+    if not bad:
+        return ()
+    return (
+        Finding(
+            "initialization/nonfinite",
+            9,
+            "error",
+            listed(bad),
+            float(len(bad)),
+            0.0,
+            f"{len(bad)} parameters hold NaN or infinity before any training.",
+            "Draw them anew, or load an earlier checkpoint.",
+        ),
     )
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnsanity._types import Array
-from nnsanity.findings import Finding, listed, number
+from nnsanity.findings import NO_LIMITS, Finding, Limits, listed, number
 from nnsanity.moments import Moments, feature_moments, merge_moments
 
 RMS_RANGE = (0.1, 10.0)
@@ -116,7 +116,7 @@ def _pooled(moments: Moments, groups: tuple[int, ...]) -> Moments:
 
 
 def judge_inputs(
-    measured: Normalization, *, name: str = "inputs"
+    measured: Normalization, *, name: str = "inputs", limits: Limits = NO_LIMITS
 ) -> tuple[Finding, ...]:
     """Says what is unusual about the inputs; suspicions, until a repair helps."""
     host = jax.tree.map(np.atleast_1d, jax.device_get(measured))
@@ -127,15 +127,17 @@ def judge_inputs(
     deviation = deviation[varying]
     if varying.any():
         size = float(np.sqrt(np.mean(rms**2)))
-        off = (rms < RMS_RANGE[0]) | (rms > RMS_RANGE[1])
+        most = limits.get("normalization/unnormalized-inputs", RMS_RANGE[1])
+        off = (rms < RMS_RANGE[0]) | (rms > most)
         off |= np.abs(mean) > MEAN_LIMIT * deviation
         if rms.max() < DOUBLE_LIMIT:
             findings.append(_double_normalized(name, rms))
-        elif off.mean() > 0.5 or not RMS_RANGE[0] <= size <= RMS_RANGE[1]:
-            findings.append(_unnormalized(name, host, size))
+        elif off.mean() > 0.5 or not RMS_RANGE[0] <= size <= most:
+            findings.append(_unnormalized(name, host, size, most))
     disparity = float(host.scale_disparity[0])
-    if not disparity <= DISPARITY_LIMIT and varying.any():
-        findings.append(_disparity(name, host, disparity))
+    limit = limits.get("normalization/scale-disparity", DISPARITY_LIMIT)
+    if not disparity <= limit and varying.any():
+        findings.append(_disparity(name, host, disparity, limit))
     if host.constant.any():
         findings.append(_constant_features(name, host.constant))
     return tuple(findings)
@@ -171,7 +173,9 @@ def _nonfinite(moments: Moments, rule: str, name: str) -> Sequence[Finding]:
     )
 
 
-def _unnormalized(name: str, host: Normalization, size: float) -> Finding:
+def _unnormalized(
+    name: str, host: Normalization, size: float, most: float = RMS_RANGE[1]
+) -> Finding:
     mean = float(np.mean(host.moments.mean))
     return Finding(
         "normalization/unnormalized-inputs",
@@ -179,7 +183,7 @@ def _unnormalized(name: str, host: Normalization, size: float) -> Finding:
         "info",
         name,
         size,
-        RMS_RANGE[1] if size > 1 else RMS_RANGE[0],
+        most if size > 1 else RMS_RANGE[0],
         f"The {name} have root mean square {number(size)} and mean {number(mean)};"
         " initializers and optimizers assume about 1 and 0.",
         _standardize_advice(host.moments),
@@ -200,7 +204,9 @@ def _double_normalized(name: str, rms: np.ndarray) -> Finding:
     )
 
 
-def _disparity(name: str, host: Normalization, disparity: float) -> Finding:
+def _disparity(
+    name: str, host: Normalization, disparity: float, limit: float
+) -> Finding:
     deviation = np.sqrt(host.moments.square_deviations / host.moments.count.clip(1))
     varying = np.flatnonzero(_vary_throughout(host.moments))
     order = varying[np.argsort(deviation[varying])]
@@ -211,7 +217,7 @@ def _disparity(name: str, host: Normalization, disparity: float) -> Finding:
         "info",
         f"{name}, features {large} and {small}",
         disparity,
-        DISPARITY_LIMIT,
+        limit,
         f"Feature {large} has deviation {number(deviation[large])} and feature {small}"
         f" has {number(deviation[small])}: the first drowns the second.",
         "Standardize each feature by itself. If a feature is small because it matters"
@@ -251,18 +257,22 @@ def _standardize_advice(moments: Moments) -> str:
     )
 
 
-def judge_targets(measured: Normalization, output_size: float) -> tuple[Finding, ...]:
+def judge_targets(
+    measured: Normalization, output_size: float, *, limits: Limits = NO_LIMITS
+) -> tuple[Finding, ...]:
     """Says what is unusual about targets that are numbers.
 
     Args:
         measured: of the targets.
         output_size: root mean square of what the untrained network puts out.
+        limits: the user's own, by rule.
     """
     host = jax.tree.map(np.atleast_1d, jax.device_get(measured))
     findings = [*_nonfinite(host.moments, "nonfinite-target", "targets")]
     size = float(np.sqrt(np.mean(host.root_mean_square**2)))
     reference = max(output_size, 1.0) if math.isfinite(output_size) else 1.0
-    if not size <= TARGET_LIMIT * reference:
+    limit = limits.get("normalization/unnormalized-targets", TARGET_LIMIT)
+    if not size <= limit * reference:
         deviation = np.sqrt(host.moments.square_deviations / host.moments.count.clip(1))
         findings.append(
             Finding(
@@ -271,7 +281,7 @@ def judge_targets(measured: Normalization, output_size: float) -> tuple[Finding,
                 "info",
                 "targets",
                 size / reference,
-                TARGET_LIMIT,
+                limit,
                 f"The targets have root mean square {number(size)}, the untrained"
                 f" network puts out {number(output_size)}: the first gradients are as"
                 " large as the difference.",

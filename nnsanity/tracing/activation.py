@@ -27,12 +27,14 @@ class Activation(NamedTuple):
             relu, ``(0.0, 6.0)`` for relu6, none for tanh, leaky_relu or gelu.
         slope: its largest derivative on [-10, 10]; NaN where that is not known.
         limits: its outputs at -10 and 10; NaN where they are not known.
+        is_known: whether it could be run.
     """
 
     name: str
     flat_values: tuple[float, ...] = ()
     slope: float = math.nan
     limits: tuple[float, float] = (math.nan, math.nan)
+    is_known: bool = False
 
     @property
     def saturates(self) -> bool:
@@ -62,10 +64,10 @@ def recognize(
     name = _name_by_values(outputs) or name_of_last(steps)
     windows = [outputs[window] for window in (_LOW_END, _HIGH_END)]
     flat = [float(values[0]) for values in windows if (values == values[0]).all()]
-    slopes = np.abs(np.diff(outputs) / np.diff(_GRID))
-    return Activation(
-        name, tuple(flat), float(slopes.max()), (float(outputs[0]), float(outputs[-1]))
-    )
+    with np.errstate(invalid="ignore", over="ignore"):  # an overflow is an answer, too
+        slopes = np.abs(np.diff(outputs) / np.diff(_GRID))
+    ends = float(outputs[0]), float(outputs[-1])
+    return Activation(name, tuple(flat), float(slopes.max()), ends, is_known=True)
 
 
 def _run(
@@ -183,6 +185,8 @@ _KNOWN: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sin": np.sin,
     "cos": np.cos,
 }
+NAMES = frozenset(_KNOWN)
+"""Names of the nonlinearities that are known by what they do."""
 _ALSO_KNOWN = (("gelu", _tanh_gelu),)
 
 

@@ -216,6 +216,7 @@ def _nonlinearity(
     first = num_linear  # a scaling by numbers before it is part of what it does
     while first and _is_scaling(steps, stages[first - 1]):
         first -= 1
+    known = []
     for begin in sorted({first, num_linear}):
         before = stages[begin - 1].end if begin else start
         for end in range(len(stages), num_linear, -1):
@@ -223,8 +224,12 @@ def _nonlinearity(
             found = activation.recognize(
                 steps.with_constants(taken), before, stages[end - 1].end, consts
             )
-            if not math.isnan(found.slope):
+            if found.name in activation.NAMES:
                 return stages[:end], found
+            if found.is_known and stages[end - 1].kind == "activation":
+                known.append((stages[:end], found))
+    if known:
+        return known[0]
     kept = stages[: num_linear + 1]
     return kept, Activation(activation.name_of_last(kept[-1].steps))
 

@@ -27,6 +27,7 @@ from nnsanity.measure import (
     measure_network,
     output_size,
     some_examples,
+    wants_other_units,
 )
 from nnsanity.moments import feature_moments
 from nnsanity.problem import Problem, checked_problem
@@ -150,6 +151,8 @@ def checkup(
         groups=groups,
     )
     book = _Book(dict(limits or {}))
+    if wants_other_units(problem, some_examples(problem)):
+        problem = problem._replace(kind=None)
     book.skipped |= NOT_YET
     if invariances:
         book.skipped["invariances"] = "not built yet"
@@ -188,8 +191,8 @@ def _read(problem: Problem, book: _Book) -> None:
         book.skipped["layers"] = "no weight meets the inputs in a product or look-up"
     if problem.kind is None:
         book.skipped["final-activation"] = (
-            "outputs and targets differ in shape, or are not single arrays of numbers;"
-            " learning is told by the loss alone"
+            "outputs and targets differ in shape or unit, or are not single arrays of"
+            " numbers; learning is told by the loss alone"
         )
     elif problem.kind != "classes":
         _judge_reach(problem, book, batch)
@@ -200,8 +203,9 @@ def _judge_reach(problem: Problem, book: _Book, batch: tuple) -> None:
     measured = final_activation.reachable(bounds, problem.targets)
     book.measurements["reachable"] = measured
     where = problem.head.layer.name if problem.head is not None else "apply_fn"
-    if not bool(measured.constant):  # which lint has said already
-        book.findings += final_activation.judge_reach(measured, where)
+    if bool(measured.constant):
+        return  # which lint has said already
+    book.findings += final_activation.judge_reach(measured, where)
 
 
 def _measure_data(problem: Problem, book: _Book) -> None:

@@ -86,6 +86,24 @@ def perfect_loss(problem: Problem, batch: tuple[PyTree, PyTree]) -> float:
     return _least_loss(problem, batch, results.perfect_outputs)
 
 
+def wants_other_units(problem: Problem, batch: tuple[PyTree, PyTree]) -> bool:
+    """Tells whether the loss takes outputs in another unit than that of the targets.
+
+    As a loss does that multiplies them by 255, or that standardizes the targets itself.
+    Then outputs can't be compared with targets.  A loss that is simply wrong, as one
+    with its sign flipped, is lowest for outputs without bound.
+    """
+    if problem.kind != "numbers" or problem.head is None:
+        return False
+    outputs = results.outputs_in_units(in_float32(batch[1]))
+    loss_of = functools.partial(_loss_of_outputs, problem, batch)
+    losses = np.asarray(jax.jit(jax.vmap(loss_of))(outputs))
+    losses = np.where(np.isfinite(losses), losses, np.inf)
+    same, unbounded, other = losses[0], losses[1:3].min(), losses[3:].min()
+    margin = 0.05 * abs(same) if np.isfinite(same) else 0.0
+    return bool(other < same - margin and other < unbounded)
+
+
 def _least_loss(
     problem: Problem, batch: tuple[PyTree, PyTree], candidates: Any
 ) -> float:

@@ -12,6 +12,7 @@ from nnsanity.measure import (
     output_size,
     perfect_loss,
     some_examples,
+    wants_other_units,
 )
 from nnsanity.problem import checked_problem
 
@@ -180,3 +181,31 @@ def test_a_thousand_examples_at_most():
     batch = some_examples(problem)
     assert [leaf.shape for leaf in batch] == [(1000, 2), (1000, 1)]
     np.testing.assert_array_equal(batch[0], inputs[:1000])
+
+
+POSITIVE = NUMBERS - NUMBERS.min() + 1
+OTHER_UNITS = {
+    "times 255": lambda outputs, targets: squared(255 * outputs, targets),
+    "standardized inside": lambda outputs, targets: squared(
+        outputs, (targets - POSITIVE.mean(axis=0)) / POSITIVE.std(axis=0)
+    ),
+    "logarithms": lambda outputs, targets: squared(jnp.exp(outputs), targets),
+}
+SAME_UNITS = {
+    "squares": squared,
+    "absolute": lambda outputs, targets: jnp.mean(jnp.abs(outputs - targets)),
+    "flipped sign": lambda outputs, targets: -squared(outputs, targets),
+    "one-sided": lambda outputs, targets: (
+        -jnp.mean(targets * jnp.log(jnp.clip(outputs, 1e-10, 1)))
+    ),
+    "blind": lambda outputs, targets: 0.0 * squared(outputs, targets),
+}
+
+
+@pytest.mark.parametrize("name", [*OTHER_UNITS, *SAME_UNITS])
+def test_units_of_the_outputs(name):
+    loss_of = OTHER_UNITS.get(name) or SAME_UNITS[name]
+    apply_fn = network(lambda x: x)
+    problem = problem_of(apply_fn, loss_of, params_for(2), POSITIVE)
+    found = wants_other_units(problem, some_examples(problem))
+    assert found == (name in OTHER_UNITS)

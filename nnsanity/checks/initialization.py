@@ -35,7 +35,8 @@ class WeightStats(NamedTuple):
             1.4 before a rectifier and 1 elsewhere.
         signal: float32[layers], deviation of what enters the nonlinearity.
         unit_spread: float32[layers], largest difference between two units for the same
-            example, in units of their size; 0 where all units are one.
+            example, in units of their size; 0 where all units are one, NaN where
+            nothing arrives at the layer and all of them are 0.
     """
 
     deviation: Array
@@ -94,7 +95,7 @@ def _signal(values: Array, *, one: Located) -> tuple[Array, Array]:
     axes = one.linear_stages[-1].axes if one.linear_stages else one.axes
     centre = jnp.mean(values, axis=axes, keepdims=True)
     spread = jnp.max(jnp.abs(values - centre))
-    return jnp.std(values), spread / jnp.where(size > 0, size, 1)
+    return jnp.std(values), jnp.where(size > 0, spread / size, jnp.nan)
 
 
 def needed_gain(one: Located) -> float:
@@ -271,11 +272,9 @@ def judge_symmetry(
             nothing was trained: then it is a suspicion.
         network: of ``apply_fn(params, inputs)``.
     """
-    spreads = np.asarray(jax.device_get(start.unit_spread))
-    equal = spreads <= SYMMETRY_LIMIT
+    equal, deviation = _equal_units(start), np.asarray(start.deviation)
     if end is not None:
-        equal &= np.asarray(jax.device_get(end.unit_spread)) <= SYMMETRY_LIMIT
-    deviation = np.asarray(jax.device_get(start.deviation))
+        equal = equal & _equal_units(end)
     findings = []
     for index, one in enumerate(network.layers[:-1]):
         if not equal[index] or one.layer.units < 2:
@@ -287,7 +286,7 @@ def judge_symmetry(
                 9,
                 "info" if end is None else "error",
                 one.layer.name,
-                float(spreads[index]),
+                float(np.nan_to_num(start.unit_spread[index])),
                 SYMMETRY_LIMIT,
                 f"The {one.layer.units} units of {one.layer.name} compute the same"
                 f" number{'' if end is None else ', before and after training'}:"
@@ -297,3 +296,9 @@ def judge_symmetry(
             )
         )
     return tuple(findings)
+
+
+def _equal_units(stats: WeightStats) -> np.ndarray:
+    """Tells of which layers all units are one, as those of zero weights are."""
+    spread, deviation = np.asarray(stats.unit_spread), np.asarray(stats.deviation)
+    return (spread <= SYMMETRY_LIMIT) | (np.isnan(spread) & (deviation == 0))

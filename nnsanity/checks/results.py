@@ -182,6 +182,32 @@ def perfect_outputs(shape: Sequence[int], targets: np.ndarray, kind: str) -> Arr
     return jnp.stack([truth, clipped, *(signs * size for size in (2, 5, 20))])
 
 
+def outputs_in_units(targets: Array) -> Array:
+    """Lists what outputs would be that mean the targets, in several units.
+
+    Returns:
+        float32[12, examples, ...]: the targets themselves, two that grow without bound,
+        then the targets in other units.
+    """
+    centred = targets - jnp.mean(targets, axis=0)
+    deviation = jnp.std(targets, axis=0)
+    low, high = jnp.min(targets, axis=0), jnp.max(targets, axis=0)
+    span = jnp.where(high > low, high - low, 1)
+    far = 1000 * jnp.max(jnp.abs(targets))
+    return jnp.stack(
+        [
+            targets,
+            jnp.full_like(targets, far),
+            jnp.full_like(targets, -far),
+            *(targets / unit for unit in (1000, 255, 100, 10, 0.1)),
+            centred / jnp.where(deviation > 0, deviation, 1),
+            (targets - low) / span,
+            2 * (targets - low) / span - 1,
+            jnp.log(jnp.maximum(targets, 1e-6)),
+        ]
+    )
+
+
 def judge_meeting(places: Sequence[str]) -> tuple[Finding, ...]:
     """Says where outputs meet the targets of other examples."""
     return tuple(

@@ -1,7 +1,5 @@
 """Names of leaves, and reductions that leave a sharded array where it is."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,8 +66,3 @@ def num_examples(tree: PyTree) -> int:
 def take_examples(tree: PyTree, rows: Array | np.ndarray | slice) -> PyTree:
     """Selects rows of the leading axis of every leaf."""
     return jax.tree.map(lambda leaf: leaf[rows], tree)
-
-
-def num_elements(array: Array) -> int:
-    """Returns the number of elements, exactly."""
-    return math.prod(np.shape(array))

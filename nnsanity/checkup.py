@@ -17,8 +17,8 @@ from nnsanity.checks import (
     normalization,
     results,
 )
-from nnsanity.findings import CONSEQUENCES, ITEMS, Finding
-from nnsanity.interventions import Diagnosis, intervene, train_original
+from nnsanity.findings import CONSEQUENCES, Finding
+from nnsanity.interventions import Diagnosis, intervene, train_original, untouched
 from nnsanity.levels import FAILED, LEARNED, unit_of
 from nnsanity.lint import lint
 from nnsanity.measure import (
@@ -189,6 +189,11 @@ def _read(problem: Problem, book: _Book) -> None:
         book.skipped[f"layer {name}"] = reason
     if not problem.network.layers:
         book.skipped["layers"] = "no weight meets the inputs in a product or look-up"
+    if problem.kind is not None and problem.head is None:
+        book.skipped["the last layer"] = (
+            "its output is changed before it is returned, so that it can't be replaced;"
+            " no baseline of the loss and no repair of the last activation"
+        )
     if problem.kind is None:
         book.skipped["final-activation"] = (
             "outputs and targets differ in shape or unit, or are not single arrays of"
@@ -205,7 +210,10 @@ def _judge_reach(problem: Problem, book: _Book, batch: tuple) -> None:
     where = problem.head.layer.name if problem.head is not None else "apply_fn"
     if bool(measured.constant):
         return  # which lint has said already
-    book.findings += final_activation.judge_reach(measured, where)
+    found = final_activation.judge_reach(measured, where)
+    if problem.kind != "numbers":  # what stands for a class is up to the loss
+        found = tuple(one._replace(severity="info") for one in found)
+    book.findings += found
 
 
 def _measure_data(problem: Problem, book: _Book) -> None:
@@ -274,6 +282,9 @@ def _train(
     """Trains the network as it is, and repaired where it does not learn well."""
     if problem.optimizer is None:
         book.skipped["trial"] = "no optimizer was given; suspicions stay suspicions"
+        book.findings += initialization.judge_symmetry(
+            jax.device_get(book.measurements["weights"]), None, problem.network
+        )
         return None
     if _has_nonfinite(problem):
         book.skipped["trial"] = "NaN or infinity in the parameters or the data"
@@ -287,20 +298,19 @@ def _train(
         batch_size=problem.batch_size,
     )
     outcomes = train_original(problem, trial, train_key)
-    book.measurements["trial"] = outcomes
+    book.measurements["trial"] = tuple(one._replace(params=None) for one in outcomes)
     book.findings += learning_rate.judge_losses(outcomes[0].batch_losses)
-    if not interventions:
-        book.skipped["interventions"] = "switched off"
-        return None
-    diagnosis = intervene(
-        problem,
-        trial,
-        outcomes,
-        book.findings,
-        key=train_key,
-        split_key=split_key,
-        progress=tell,
-    )
+    diagnosis = untouched(problem, trial, outcomes)
+    if interventions:
+        diagnosis = intervene(
+            problem,
+            trial,
+            outcomes,
+            book.findings,
+            key=train_key,
+            split_key=split_key,
+            progress=tell,
+        )
     book.skipped |= diagnosis.skipped
     found, measured = judge_outcomes(
         problem, diagnosis, tuple(book.findings), book.measurements
@@ -323,7 +333,7 @@ def _in_order(
     A suspicion that became a cause is told once.
     """
     causes = () if diagnosis is None else diagnosis.causes
-    told = {finding.rule for finding in causes}
+    told = {(finding.rule, finding.where) for finding in causes}
     proved = {finding.rule for finding in findings if finding.severity == "error"}
     proved -= CONSEQUENCES
 
@@ -332,7 +342,7 @@ def _in_order(
             return 0
         return 1 if finding in causes else 2
 
-    ordered = [*causes, *(one for one in findings if one.rule not in told)]
+    ordered = [*causes, *(one for one in findings if (one.rule, one.where) not in told)]
     ordered.sort(key=lambda one: (one.severity == "info", rank(one)))
     return tuple(finding for finding in ordered if finding.rule not in ignored)
 
@@ -340,8 +350,7 @@ def _in_order(
 def _summary(problem: Problem, diagnosis: Diagnosis | None, book: _Book) -> str:
     """One sentence on how the network learned."""
     if diagnosis is None:
-        why = book.skipped.get("trial") or book.skipped.get("interventions", "")
-        return f"Not trained: {why}."
+        return f"Not trained: {book.skipped['trial']}."
     measure, to_unit = unit_of(problem)
     level = diagnosis.level
     verdict = (
@@ -349,10 +358,10 @@ def _summary(problem: Problem, diagnosis: Diagnosis | None, book: _Book) -> str:
         if level >= LEARNED
         else "does not learn"
         if level <= FAILED
-        else "learns a little"
+        else "learns in part"
     )
     return (
         f"The network {verdict}: {measure} {to_unit(level):.2f} after"
-        f" {problem.num_steps} steps on {problem.size} examples"
-        f" ({len(ITEMS) - len(NOT_YET)} of {len(ITEMS)} items checked)."
+        f" {diagnosis.num_steps} steps on {problem.size} examples, the mean of those"
+        " trained on and others."
     )

@@ -13,12 +13,12 @@ import numpy as np
 
 from nnsanity._types import Array
 from nnsanity.checks import batch_size
+from nnsanity.copies import Copy
 from nnsanity.findings import Effect, Finding, caused
 from nnsanity.levels import FAILED, LEARNED, last, level_of, unit_of
 from nnsanity.problem import Problem
 from nnsanity.repairs import Repair, available_repairs
 from nnsanity.trial import (
-    Copy,
     Outcome,
     Trial,
     prepare,
@@ -54,6 +54,7 @@ class Diagnosis(NamedTuple):
     Attributes:
         outcomes: of the user's own program, one for each seed.
         level: its quality, the median over the seeds.
+        num_steps: how long it was trained.
         causes: findings with their effects, the largest first.
         ruled_out: repairs that did not help.
         skipped: what was not tried, and why.
@@ -61,6 +62,7 @@ class Diagnosis(NamedTuple):
 
     outcomes: tuple[Outcome, ...]
     level: float
+    num_steps: int
     causes: tuple[Finding, ...]
     ruled_out: tuple[str, ...]
     skipped: dict[str, str]
@@ -110,6 +112,16 @@ def _keys(key: Array) -> tuple[Array, ...]:
     return tuple(jax.random.fold_in(key, seed) for seed in range(NUM_SEEDS))
 
 
+def untouched(
+    problem: Problem, trial: Trial, outcomes: tuple[Outcome, ...]
+) -> Diagnosis:
+    """Returns how the original learned, with nothing repaired."""
+    start = float(outcomes[0].losses[0])
+    level = float(np.median([level_of(problem, one, start) for one in outcomes]))
+    skipped = {"interventions": "switched off"}
+    return Diagnosis(outcomes, level, trial.num_steps, (), (), skipped)
+
+
 def intervene(
     problem: Problem,
     trial: Trial,
@@ -145,31 +157,29 @@ def intervene(
     )
     original = _arm(lab, (), outcomes)
     if original.level >= LEARNED:
-        return Diagnosis(outcomes, original.level, (), (), {})
-    suspected = {finding.rule: finding for finding in suspicions}
+        return Diagnosis(outcomes, original.level, trial.num_steps, (), (), {})
+    suspected = {finding.rule: finding for finding in reversed(suspicions)}
     repairs = sorted(
         available_repairs(problem),
         key=lambda one: not (one.is_suspected or set(one.rules) & set(suspected)),
     )
-    singles, left_out = _helpful_singles(lab, original, repairs)
+    singles, helped, left_out = _helpful_singles(lab, original, repairs)
     best = max((arm.level for arm in singles), default=original.level)
     joint: list[tuple[_Arm, _Arm]] = []
     if best < LEARNED - MIN_GAIN:
         joint = _joint_causes(lab, original, repairs, best)
     pairs = joint or [(original, arm) for arm in singles]
     causes = _ranked(lab, original, pairs, suspected)
-    helped = {
-        repair.name
-        for arm in (*singles, *(a for _, a in pairs))
-        for repair in arm.repairs
-    }
+    helped |= {one.name for _, arm in pairs for one in arm.repairs}
     ruled_out = tuple(
         one.name for one in repairs if one.name not in helped and one not in left_out
     )
     skipped = {one.name: "its training did not fit the budget" for one in left_out}
     if time.monotonic() > lab.deadline:
         skipped["repairs together"] = "not all of their trainings fitted the budget"
-    return Diagnosis(outcomes, original.level, causes, ruled_out, skipped)
+    return Diagnosis(
+        outcomes, original.level, trial.num_steps, causes, ruled_out, skipped
+    )
 
 
 def _other_trial(problem: Problem, trial: Trial, key: Array) -> Trial | None:
@@ -182,7 +192,16 @@ def _other_trial(problem: Problem, trial: Trial, key: Array) -> Trial | None:
 
 
 def _arm(lab: _Lab, repairs: tuple[Repair, ...], outcomes: Sequence[Outcome]) -> _Arm:
-    levels = [level_of(lab.problem, one, lab.start_loss) for one in outcomes]
+    # Other inputs may change the unit of a loss that looks at them, too.
+    other_inputs = any(one.group == "inputs" for one in repairs)
+    levels = [
+        level_of(
+            lab.problem,
+            one,
+            float(one.losses[0]) if other_inputs else lab.start_loss,
+        )
+        for one in outcomes
+    ]
     held_out = [
         last(one.quality) if lab.problem.kind is not None else level
         for one, level in zip(outcomes, levels, strict=True)
@@ -236,12 +255,13 @@ def _helps(before: _Arm, after: _Arm) -> bool:
 
 def _helpful_singles(
     lab: _Lab, original: _Arm, repairs: Iterable[Repair]
-) -> tuple[list[_Arm], list[Repair]]:
-    """Returns the repairs that help from every seed, one of each group.
+) -> tuple[list[_Arm], set[str], list[Repair]]:
+    """Returns the repairs that help from every seed, the best one of each group.
 
-    And those for which there was no time.
+    And the names of all that helped, and those for which there was no time.
     """
     best: dict[str, _Arm] = {}
+    helped: set[str] = set()
     left_out = []
     for repair in repairs:
         if time.monotonic() > lab.deadline:
@@ -252,10 +272,13 @@ def _helpful_singles(
         if not _helps(original, arm):
             continue
         arm = _train(lab, (repair,), seeds=NUM_SEEDS)
+        if not _helps(original, arm):
+            continue
+        helped.add(repair.name)
         rival = best.get(repair.group)
-        if _helps(original, arm) and (rival is None or arm.level > rival.level + 0.02):
+        if rival is None or arm.level > rival.level + 0.02:
             best[repair.group] = arm
-    return list(best.values()), left_out
+    return list(best.values()), helped, left_out
 
 
 def _joint_causes(
@@ -336,7 +359,7 @@ def _ranked(
         rule = next((rule for rule in repair.rules if rule in suspected), None)
         finding = repair.finding if rule is None else suspected[rule]
         if repair.group == "rate":
-            finding = _rate_finding(repair, original, suspected)
+            finding = _rate_finding(repair, suspected)
             rule = finding.rule if finding.rule in suspected else None
         effect = _effect(lab, repair, before, after, gain)
         severity = "error" if original.level <= FAILED else "warning"
@@ -347,15 +370,12 @@ def _ranked(
     return tuple(finding for _, finding in scored[:MAX_CAUSES])
 
 
-def _rate_finding(
-    repair: Repair, original: _Arm, suspected: Mapping[str, Finding]
-) -> Finding:
+def _rate_finding(repair: Repair, suspected: Mapping[str, Finding]) -> Finding:
     """Says by how much the rate is wrong, with what its losses showed."""
     finding = repair.finding
     diverged = suspected.get("learning-rate/diverges")
     if finding.rule == "learning-rate/too-low" or diverged is None:
         return finding
-    del original
     return diverged._replace(message=f"{diverged.message} {finding.message}")
 
 

@@ -40,7 +40,7 @@ def unit_of(problem: Problem) -> tuple[str, Callable[[float], float]]:
     if problem.kind is None:
         return "share by which the loss fell", lambda level: level
     if problem.kind == "numbers":
-        return "explained share of the variance", lambda level: level
+        return "explained share of the variance", lambda level: max(level, 0.0)
     targets = np.asarray(problem.targets)
     if problem.kind == "one-hot":
         targets = targets.reshape(len(targets), -1).argmax(axis=-1)

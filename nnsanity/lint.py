@@ -61,8 +61,8 @@ def _lint_outputs(
     lows, highs = jax.tree.leaves(bounds.low), jax.tree.leaves(bounds.high)
     network = inspect(apply_fn, params, inputs)
     where = network.layers[-1].layer.name if network.layers else "apply_fn"
-    return tuple(
-        final_activation.constant_output(where, float(low.reshape(-1)[0]))
-        for low, high in zip(lows, highs, strict=True)
-        if low.size and bool((low == high).all())
-    )
+    ends = [(low, high) for low, high in zip(lows, highs, strict=True) if low.size]
+    # One output among others may be a mask, or a flag.
+    if not ends or not all(bool((low == high).all()) for low, high in ends):
+        return ()
+    return (final_activation.constant_output(where, float(ends[0][0].reshape(-1)[0])),)

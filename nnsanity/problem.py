@@ -1,6 +1,5 @@
 """What the user gives to a checkup, checked before anything runs."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -107,6 +106,8 @@ def checked_problem(
     if num_steps < 1:
         raise ValueError(f"checkup: num_steps must be at least 1, got {num_steps}")
     held_out = None if validation is None else _checked_pair(validation, "validation")
+    if held_out is not None:
+        _check_alike((inputs, targets), held_out)
     if size > MAX_EXAMPLES:
         rows = jax.random.permutation(key, size)[:MAX_EXAMPLES]
         inputs, targets = take_examples((inputs, targets), np.asarray(rows))
@@ -152,7 +153,9 @@ def _check_key(key: Array) -> None:
     dtype = getattr(key, "dtype", None)
     shape = getattr(key, "shape", None)
     is_new = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (is_new and shape == ()) and not (dtype == jnp.uint32 and shape == (2,)):
+    if not (is_new and shape == ()) and not (
+        dtype == jnp.uint32 and shape in ((2,), (4,))
+    ):
         raise TypeError(
             f"checkup: key must be a PRNG key such as jax.random.key(0), got {key!r}"
         )
@@ -187,6 +190,18 @@ def _checked_pair(data: object, name: str) -> tuple[PyTree, PyTree]:
     if lengths == {(0,)}:
         raise ValueError(f"checkup: {name} holds no examples")
     return pair[0], pair[1]
+
+
+def _check_alike(data: tuple, validation: tuple) -> None:
+    ours, theirs = (
+        jax.tree.map(lambda leaf: np.shape(leaf)[1:], pair)
+        for pair in (data, validation)
+    )
+    if ours != theirs:
+        raise ValueError(
+            "checkup: validation must have the same arrays as data, of the same shape"
+            f" for each example, got {theirs} against {ours}"
+        )
 
 
 def _as_array(leaf: object, name: str) -> np.ndarray | Array:
@@ -233,8 +248,3 @@ def _shapes(function: Callable, *args: PyTree, name: str) -> PyTree:
                 " model.apply({'params': params}, inputs, deterministic=True)"
             ) from error
         raise
-
-
-def weight_size(params: Params) -> int:
-    """Returns the number of floating-point parameters."""
-    return sum(math.prod(leaf.shape) for leaf in inexact_leaves(params))

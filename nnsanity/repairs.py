@@ -19,11 +19,11 @@ from nnsanity.checks import (
     preprocessing,
     regularization,
 )
+from nnsanity.copies import HEAD_LEFT_OUT, HEAD_SQUASHED, OFF, ON, Copy
 from nnsanity.findings import Finding
 from nnsanity.problem import Problem
 from nnsanity.tracing.layers import inspect
 from nnsanity.tracing.replace import penalties
-from nnsanity.trial import HEAD_LEFT_OUT, HEAD_SQUASHED, OFF, ON, Copy
 
 Change = Callable[[Copy, Array], Copy]
 
@@ -143,7 +143,7 @@ def _rate_repair(factor: float) -> Repair:
         "rate",
         lambda copy, key: copy._replace(update_scale=jnp.float32(factor)),
         lower if factor < 1 else ("learning-rate/too-low",),
-        learning_rate.wrong_rate(factor, diverges=False),
+        learning_rate.wrong_rate(factor),
     )
 
 

@@ -1,9 +1,4 @@
-"""Short trainings of a network, as it is and with something repaired.
-
-A copy differs from the user's program in numbers alone, so that one compiled scan
-trains any of them: plain, with standardized inputs, at another rate, with fresh
-weights, without its last activation.
-"""
+"""Short trainings of a network, as it is and with something repaired."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -14,52 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nnsanity._tree import accumulation_dtype, in_float32, is_inexact, take_examples
+from nnsanity._tree import in_float32, is_inexact, take_examples
 from nnsanity._types import Array, Params, PyTree
 from nnsanity.checks.results import quality
+from nnsanity.copies import Copy, loss_of, network_of, plain, prepared, quiet_loss_of
 from nnsanity.problem import Problem
-from nnsanity.tracing.replace import LayerValues, Replacement, replaced
 
 HELD_OUT_SHARE = 0.2
 MIN_EXAMPLES_TO_HOLD_OUT = 100
 MAX_EVALUATED = 1000
 NUM_MARKS = 10
 """At how many times a trial is evaluated after its start."""
-OFF, ON = np.bool_(0), np.bool_(1)
-HEAD_KEPT, HEAD_LEFT_OUT, HEAD_SQUASHED = range(3)
-LEAK = 0.1
-"""Slope on the left of the leaky ReLU that stands in for a hidden activation."""
-
-
-class Copy(NamedTuple):
-    """A program to train; ``plain`` makes the user's own.
-
-    Attributes:
-        params: what it starts from.
-        input_shift: tree like the inputs; subtracted first.
-        input_scale: tree like the inputs; divided by then.
-        target_shift: subtracted from the targets first.
-        target_scale: what they are divided by then.
-        update_scale: float32[], factor of every update: 10 is ten times the rate.
-        penalty_scale: float32[], factor of the penalties inside the loss.
-        head: int32[], what becomes of the last activation: ``HEAD_KEPT``,
-            ``HEAD_LEFT_OUT`` or ``HEAD_SQUASHED``, softmax or sigmoid in its place.
-        leaky: bool[], whether hidden activations are replaced by leaky ReLU.
-        skip: bool[], whether layers add their input to their output where that fits.
-        noise: bool[], whether it trains on ``train_loss_fn``.
-    """
-
-    params: Params
-    input_shift: PyTree
-    input_scale: PyTree
-    target_shift: Array
-    target_scale: Array
-    update_scale: Array
-    penalty_scale: Array
-    head: Array
-    leaky: Array | np.bool_
-    skip: Array | np.bool_
-    noise: Array | np.bool_
 
 
 class Outcome(NamedTuple):
@@ -136,31 +96,6 @@ def with_inputs(trial: Trial, inputs: PyTree) -> Trial:
     return trial._replace(train=train)
 
 
-def plain(problem: Problem) -> Copy:
-    """Returns the user's own program as a copy."""
-    one = jnp.float32(1)
-    targets = problem.targets if problem.kind == "numbers" else one
-    return Copy(
-        params=problem.params,
-        input_shift=jax.tree.map(lambda leaf: _per_feature(leaf, 0), problem.inputs),
-        input_scale=jax.tree.map(lambda leaf: _per_feature(leaf, 1), problem.inputs),
-        target_shift=_per_feature(targets, 0),
-        target_scale=_per_feature(targets, 1),
-        update_scale=one,
-        penalty_scale=one,
-        head=jnp.int32(HEAD_KEPT),
-        leaky=OFF,
-        skip=OFF,
-        noise=OFF if problem.train_loss_fn is None else ON,
-    )
-
-
-def _per_feature(values: Array, fill: float) -> Array:
-    """Returns an array of the shape that ``feature_moments`` gives."""
-    shape = values.shape[-1:] if values.ndim > 1 else ()
-    return jnp.full(shape, fill, accumulation_dtype(values))
-
-
 def train_copies(trial: Trial, copies: Sequence[tuple[Copy, Array]]) -> list[Outcome]:
     """Trains copies, each with its own key.
 
@@ -192,10 +127,10 @@ def _train(
     """Trains one copy; pure, compiled as one scan."""
     seen, seen_evaluated, held_out = rows
     order_key, noise_key = jax.random.split(key)
-    optimizer = problem.optimizer or optax.identity()
-    loss_fn = _loss_of(problem, copy)
-    quiet_loss_fn = _replaced_loss(problem, copy)
-    apply_fn = _network_of(problem, copy)
+    optimizer = optax.with_extra_args_support(problem.optimizer or optax.identity())
+    loss_fn = loss_of(problem, copy)
+    quiet_loss_fn = quiet_loss_of(problem, copy)
+    apply_fn = network_of(problem, copy)
     num_steps = marks * per_mark
     batches = _batch_rows(order_key, seen, num_steps, batch_size)
     noise_keys = jax.random.split(noise_key, num_steps)
@@ -203,13 +138,21 @@ def _train(
     def step(state: tuple, now: tuple) -> tuple[tuple, Array]:
         params, optimizer_state = state
         batch_rows, step_key = now
-        batch = _prepared(problem, copy, take_examples(data, batch_rows))
+        batch = prepared(problem, copy, take_examples(data, batch_rows))
         loss, grads = jax.value_and_grad(loss_fn, allow_int=True)(
             params, batch, step_key
         )
         floats = _floats(params, params)
+        grads = _floats(params, grads)
         updates, optimizer_state = optimizer.update(
-            _floats(params, grads), optimizer_state, floats
+            grads,
+            optimizer_state,
+            floats,
+            value=loss,
+            grad=grads,
+            value_fn=lambda moved: loss_fn(
+                _with_floats(params, moved), batch, step_key
+            ),
         )
         updates = jax.tree.map(
             lambda update: (update * copy.update_scale).astype(update.dtype), updates
@@ -218,12 +161,12 @@ def _train(
         return (_with_floats(params, moved), optimizer_state), loss
 
     def evaluate(params: Params) -> tuple[Array, ...]:
-        on_seen = _prepared(problem, copy, take_examples(data, seen_evaluated))
-        on_held_out = _prepared(problem, copy, take_examples(data, held_out))
+        on_seen = prepared(problem, copy, take_examples(data, seen_evaluated))
+        on_held_out = prepared(problem, copy, take_examples(data, held_out))
         batches = [on_seen, on_held_out]
         losses = [in_float32(quiet_loss_fn(params, on_seen)), jnp.float32(jnp.nan)]
         if validation is not None:
-            batches.append(_prepared(problem, copy, validation))
+            batches.append(prepared(problem, copy, validation))
             losses[1] = in_float32(quiet_loss_fn(params, batches[-1]))
         qualities = _qualities(problem, apply_fn, params, *batches)
         qualities += [jnp.float32(jnp.nan)] * (3 - len(batches))
@@ -267,24 +210,6 @@ def _batch_rows(key: Array, rows: Array, num_steps: int, batch_size: int) -> Arr
     return batches[:num_steps]
 
 
-def _prepared(
-    problem: Problem, copy: Copy, batch: tuple[PyTree, PyTree]
-) -> tuple[PyTree, PyTree]:
-    """Applies the copy's changes to the data."""
-    inputs, targets = batch
-    if not problem.tokens:
-        inputs = jax.tree.map(_affine, inputs, copy.input_shift, copy.input_scale)
-    if problem.kind == "numbers":
-        targets = _affine(targets, copy.target_shift, copy.target_scale)
-    return inputs, targets
-
-
-def _affine(values: Array, shift: Array, scale: Array) -> Array:
-    if not is_inexact(values):
-        values = in_float32(values)
-    return ((values - shift) / scale).astype(values.dtype)
-
-
 def _floats(params: Params, tree: PyTree) -> PyTree:
     """Keeps what stands where the parameters are floating-point, and None elsewhere."""
     return jax.tree.map(
@@ -296,75 +221,6 @@ def _with_floats(params: Params, floats: PyTree) -> Params:
     """Puts back what ``_floats`` left out."""
     moved = iter(jax.tree.leaves(floats))
     return jax.tree.map(lambda leaf: next(moved) if is_inexact(leaf) else leaf, params)
-
-
-def _replacements(problem: Problem, copy: Copy) -> dict[str, Replacement]:
-    """Says what a copy puts in the place of each layer's output."""
-    head = None if problem.head is None else problem.head.layer.name
-    found = {}
-    for one in problem.network.layers:
-        if one.layer.name == head:
-            found[one.layer.name] = _head(problem, copy)
-        elif one.activation is not None:
-            found[one.layer.name] = _hidden(copy)
-    return found
-
-
-def _head(problem: Problem, copy: Copy) -> Replacement:
-    squash = jax.nn.sigmoid if problem.kind == "binary" else jax.nn.softmax
-
-    def combine(values: LayerValues) -> Array:
-        left_out = jnp.where(copy.head == HEAD_LEFT_OUT, values.before, values.after)
-        if problem.kind in (None, "numbers"):
-            return left_out
-        return jnp.where(copy.head == HEAD_SQUASHED, squash(values.before), left_out)
-
-    return Replacement(
-        combine, lambda before: jnp.where(copy.head == HEAD_KEPT, before, 0)
-    )
-
-
-def _hidden(copy: Copy) -> Replacement:
-    def combine(values: LayerValues) -> Array:
-        leaky = jax.nn.leaky_relu(values.before, LEAK)
-        after = jnp.where(copy.leaky, leaky, values.after)
-        entering = values.entering
-        if entering is None or entering.shape != after.shape:
-            return after
-        return jnp.where(copy.skip, after + entering, after)
-
-    return Replacement(combine, lambda before: jnp.where(copy.leaky, 0, before))
-
-
-def _network_of(problem: Problem, copy: Copy) -> Callable:
-    return replaced(problem.apply_fn, problem.network, _replacements(problem, copy))
-
-
-def _replaced_loss(problem: Problem, copy: Copy) -> Callable:
-    return replaced(
-        problem.loss_fn,
-        problem.network,
-        _replacements(problem, copy),
-        penalty_scale=copy.penalty_scale,
-    )
-
-
-def _loss_of(problem: Problem, copy: Copy) -> Callable:
-    """Returns ``loss(params, batch, key)`` of a copy."""
-    quiet = _replaced_loss(problem, copy)
-    if problem.train_loss_fn is None:
-        return lambda params, batch, key: quiet(params, batch)
-    noisy = replaced(
-        problem.train_loss_fn,
-        problem.network,
-        _replacements(problem, copy),
-        penalty_scale=copy.penalty_scale,
-    )
-    return lambda params, batch, key: jax.lax.cond(
-        copy.noise,
-        lambda: noisy(params, batch, key),
-        lambda: quiet(params, batch).astype(jnp.result_type(float)),
-    )
 
 
 def _qualities(

@@ -8,7 +8,13 @@ import numpy as np
 
 from nnsanity._tree import inexact_leaves
 from nnsanity._types import Array
-from nnsanity.checks import initialization, preprocessing, regularization, results
+from nnsanity.checks import (
+    initialization,
+    learning_rate,
+    preprocessing,
+    regularization,
+    results,
+)
 from nnsanity.findings import Finding
 from nnsanity.interventions import Diagnosis
 from nnsanity.levels import FAILED, LEARNED
@@ -18,6 +24,8 @@ from nnsanity.trial import Outcome
 
 MIN_NEIGHBORHOOD, MAX_NEIGHBORHOOD = 50, 2000
 """Fewest and most examples whose neighbours are compared."""
+MIN_STEPS_TO_FAIL = 50
+"""Steps before which a network is only on its way."""
 CONSTANT_SHARE = 0.95
 """Loss in units of a constant output's, from which on nothing counts as learned."""
 
@@ -126,12 +134,17 @@ def _shuffled(problem: Problem, measured: dict) -> tuple[Finding, ...]:
 def _unexplained(
     problem: Problem, diagnosis: Diagnosis, constant: float
 ) -> tuple[Finding, ...]:
-    params = diagnosis.outcomes[0].params
-    reached = data_loss(problem, params, some_examples(problem))
-    if reached < CONSTANT_SHARE * constant:
+    outcome = diagnosis.outcomes[0]
+    is_short = len(outcome.batch_losses) < MIN_STEPS_TO_FAIL
+    if is_short or learning_rate.is_falling(outcome.batch_losses):
+        return ()  # not yet
+    reached = data_loss(problem, outcome.params, some_examples(problem))
+    baseline = constant if np.isfinite(constant) else float(outcome.losses[0])
+    if reached < baseline - (1 - CONSTANT_SHARE) * abs(baseline):
         return ()
-    return (
-        results.no_better_than_constant(
-            diagnosis.level, problem.num_steps, diagnosis.ruled_out
-        ),
+    finding = results.no_better_than_constant(
+        diagnosis.level, diagnosis.num_steps, diagnosis.ruled_out
     )
+    # Without a baseline, a network that is as good as it gets looks the same.
+    is_sure = np.isfinite(constant)
+    return (finding if is_sure else finding._replace(severity="warning"),)

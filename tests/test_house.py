@@ -16,6 +16,7 @@ FLOORS = {
     "tracing": 1,
     "checks": 2,
     "problem": 3,
+    "copies": 3,
     "trial": 3,
     "levels": 3,
     "measure": 3,

@@ -112,13 +112,15 @@ def test_a_batch_that_is_no_pair(batch):
     assert [one.rule for one in found] == ["gradients/blocked"]
 
 
-def test_constant_outputs_of_a_tree():
+@pytest.mark.parametrize("constant", [True, False])
+def test_constant_outputs_of_a_tree(constant):
     def apply_fn(params, x):
         y = linear(params, x)
-        return {"value": y, "share": jax.nn.softmax(y)}
+        return {"value": jax.nn.softmax(y) if constant else y, "mask": jnp.ones(len(x))}
 
     found = ns.lint(squared(linear), PARAMS, BATCH, apply_fn=apply_fn)
-    assert [one.rule for one in found] == ["final-activation/constant-output"]
+    rules = [one.rule for one in found]
+    assert rules == ["final-activation/constant-output"] * constant
 
 
 def test_the_loss_must_be_a_scalar():

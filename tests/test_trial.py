@@ -4,12 +4,10 @@ import numpy as np
 import optax
 import pytest
 
+from nnsanity.copies import HEAD_LEFT_OUT, HEAD_SQUASHED, OFF
 from nnsanity.problem import checked_problem
 from nnsanity.trial import (
-    HEAD_LEFT_OUT,
-    HEAD_SQUASHED,
     NUM_MARKS,
-    OFF,
     _batch_rows,
     prepare,
     train_copies,

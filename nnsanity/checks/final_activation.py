@@ -119,8 +119,8 @@ def constant_output(where: str, value: float) -> Finding:
         where,
         value,
         0.0,
-        f"The output is {number(value)} for all inputs and all parameters: softmax over"
-        " one unit is always 1.",
+        f"The output is {number(value)} for all inputs and all parameters, as a softmax"
+        " over one unit is.",
         "Use a sigmoid for one probability, a softmax over two or more units for"
         " classes, and no activation for regression.",
     )

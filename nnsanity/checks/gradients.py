@@ -286,15 +286,20 @@ def harmful_activation(first: Located, names: list[str]) -> Finding:
         first: the first layer that has one of them.
         names: of the hidden activations.
     """
-    saturates = first.activation is not None and first.activation.saturates
+    kind = first.activation
+    if kind is not None and kind.saturates:
+        rule = "vanishing"
+    else:
+        rule = "dead-units" if kind and kind.flat_values else "hidden-activation"
     return Finding(
-        f"gradients/{'vanishing' if saturates else 'dead-units'}",
+        f"gradients/{rule}",
         8,
         "info",
         first.layer.name,
         math.nan,
         math.nan,
-        f"The hidden activations ({', '.join(names)}) do not pass the gradient on.",
+        f"The network learns less with its hidden activations ({', '.join(names)}) than"
+        " with one that passes every gradient on.",
         "Use jax.nn.leaky_relu or jax.nn.elu for the hidden layers.",
     )
 

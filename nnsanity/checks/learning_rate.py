@@ -53,8 +53,8 @@ def judge_losses(losses: npt.ArrayLike) -> tuple[Finding, ...]:
         return ()
     curve = smoothed(values)
     end, lowest = float(curve[-1]), float(curve.min())
-    fall = max(start - lowest, 1e-12)
-    if end > start + 2 * abs(start) or end > lowest + JITTER_LIMIT * fall > start:
+    rises = end - lowest > JITTER_LIMIT * (start - lowest)
+    if rises and end > start + 0.1 * abs(start):
         return (_diverges(start, end, len(values)),)
     return ()
 
@@ -73,27 +73,22 @@ def _diverges(start: float, end: float, step: int) -> Finding:
     )
 
 
-def wrong_rate(factor: float, *, diverges: bool) -> Finding:
+def wrong_rate(factor: float) -> Finding:
     """The finding that another rate learns, as the grid of rates shows it.
 
     Args:
         factor: what the rate has to be multiplied with.
-        diverges: whether the user's own rate makes the loss rise or overflow.
     """
-    if factor < 1:
-        rule = "diverges" if diverges else "too-high"
-        message = f"The learning rate is about {number(1 / factor)} times too high."
-    else:
-        rule = "too-low"
-        message = f"The learning rate is about {number(factor)} times too low."
+    is_high = factor < 1
+    times = number(1 / factor if is_high else factor)
     return Finding(
-        f"learning-rate/{rule}",
+        f"learning-rate/{'too-high' if is_high else 'too-low'}",
         6,
         "info",
         "optimizer",
         1.0,
         factor,
-        message,
+        f"The learning rate is about {times} times too {'high' if is_high else 'low'}.",
         f"Multiply the learning rate by {number(factor)}; from there, take the largest"
         " one that does not make the loss rise.",
     )

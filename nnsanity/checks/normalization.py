@@ -247,7 +247,8 @@ def _standardize_advice(moments: Moments) -> str:
     pairs = [
         f"feature {index}: subtract {number(mean[index])}, divide by"
         f" {number(deviation[index])}"
-        for index in np.argsort(-np.abs(mean))[:3]
+        for index in np.argsort(-np.abs(mean) * (deviation > 0))[:3]
+        if deviation[index] > 0
     ]
     return (
         "Subtract the mean and divide by the deviation, the same numbers for training"
@@ -326,8 +327,9 @@ def judge_split(training: Moments, held_out: Moments) -> tuple[Finding, ...]:
             f"validation, {int(off.sum())} of {off.size} features",
             float(shift[worst]),
             SPLIT_SHIFT,
-            f"Training and validation inputs were not prepared alike: feature {worst}"
-            f" has mean {number(train.mean[worst])} and deviation"
+            "Training and validation inputs were not prepared alike, or come from"
+            f" another period or population: feature {worst} has mean"
+            f" {number(train.mean[worst])} and deviation"
             f" {number(train_deviation[worst])} in one, {number(other.mean[worst])} and"
             f" {number(other_deviation[worst])} in the other.",
             "Take mean and deviation from the training data alone and apply the same"

@@ -18,7 +18,7 @@ from nnsanity.findings import Finding, number
 
 FORCED_LIMIT = 0.1
 """Healthy share of the targets' variance between examples with equal inputs."""
-COPIES_LIMIT = 4.0
+COPIES_LIMIT = 2.5
 """Copies of a row from which on equal inputs are the nature of the data: a table of a
 few categories, where targets differ by chance."""
 CODE_RANGE = (5, 1000)
@@ -135,7 +135,8 @@ class Codes(NamedTuple):
             what chance gives.
         order: difference of neighbouring values' mean targets in units of that of any
             two; near 0 where the order of the values orders the targets, 1 for names.
-        encoded: [examples], for each example the mean target of its value.
+        encoded: [examples], for each example the mean target of its value, from four
+            fifths of the examples that it is not among.
     """
 
     num_values: int
@@ -166,7 +167,20 @@ def column_codes(column: np.ndarray, targets: np.ndarray) -> Codes | None:
     explained = 1 - within / max(targets.var(), 1e-30)
     spread = np.average((means - targets.mean()) ** 2, weights=counts)
     steps = np.mean(np.diff(means) ** 2) / max(2 * spread, 1e-30)
-    return Codes(len(values), float(explained), float(steps), means[group])
+    encoded = _out_of_fold_means(group, targets)
+    return Codes(len(values), float(explained), float(steps), encoded)
+
+
+def _out_of_fold_means(group: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    fold = np.random.default_rng(0).permutation(len(group)) % 5
+    encoded = np.full(len(group), targets.mean())
+    for one in range(5):
+        others = fold != one
+        counts = np.bincount(group[others], minlength=group.max() + 1)
+        totals = np.bincount(group[others], targets[others], minlength=len(counts))
+        means = np.where(counts > 0, totals / counts.clip(1), targets[others].mean())
+        encoded[~others] = means[group[~others]]
+    return encoded
 
 
 def is_code(codes: Codes | None) -> bool:
@@ -332,8 +346,8 @@ def judge_neighbors(measured: Neighbors) -> tuple[Finding, ...]:
     For a network that does not learn: one that does is the better witness.
     """
     distance, z_score = (float(one) for one in jax.device_get(measured))
-    if z_score > CHANCE_LIMIT:
-        return ()
+    if abs(z_score) > CHANCE_LIMIT:
+        return ()  # neighbours that always differ tell as much as those that agree
     return (
         Finding(
             "results/uninformative-targets",

@@ -216,20 +216,21 @@ def _nonlinearity(
     first = num_linear  # a scaling by numbers before it is part of what it does
     while first and _is_scaling(steps, stages[first - 1]):
         first -= 1
-    known = []
-    for begin in sorted({first, num_linear}):
-        before = stages[begin - 1].end if begin else start
-        for end in range(len(stages), num_linear, -1):
+    known: list[tuple[tuple[Stage, ...], Activation]] = []
+    for end in range(len(stages), num_linear, -1):
+        for begin in sorted({first, num_linear}):
+            before = stages[begin - 1].end if begin else start
             taken = [step for stage in stages[begin:end] for step in stage.steps]
             found = activation.recognize(
                 steps.with_constants(taken), before, stages[end - 1].end, consts
             )
             if found.name in activation.NAMES:
                 return stages[:end], found
-            if found.is_known and stages[end - 1].kind == "activation":
+            if found.is_known:
                 known.append((stages[:end], found))
-    if known:
-        return known[0]
+        # For the sake of a name a scaling after it may be left out, no part of it.
+        if known and stages[end - 1].kind == "activation":
+            return known[-1]
     kept = stages[: num_linear + 1]
     return kept, Activation(activation.name_of_last(kept[-1].steps))
 

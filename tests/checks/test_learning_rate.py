@@ -66,19 +66,37 @@ def test_the_step_of_the_first_nan_is_told():
 
 
 @pytest.mark.parametrize(
-    ("factor", "diverges", "rule", "words"),
+    ("factor", "rule", "words"),
     [
-        (0.1, True, "diverges", "10 times too high"),
-        (0.01, False, "too-high", "100 times too high"),
-        (10.0, False, "too-low", "10 times too low"),
-        (100.0, True, "too-low", "100 times too low"),
+        (0.1, "too-high", "10 times too high"),
+        (0.01, "too-high", "100 times too high"),
+        (10.0, "too-low", "10 times too low"),
+        (100.0, "too-low", "100 times too low"),
     ],
 )
-def test_wrong_rate(factor, diverges, rule, words):
-    found = wrong_rate(factor, diverges=diverges)
+def test_wrong_rate(factor, rule, words):
+    found = wrong_rate(factor)
     assert found.rule == f"learning-rate/{rule}"
     assert words in found.message
     assert found.limit == factor
+
+
+@pytest.mark.parametrize(
+    ("losses", "alarms"),
+    [
+        (np.concatenate([FALL, 0.01 + STEPS / 40]), True),
+        (np.where(STEPS > 90, np.nan, FALL), True),
+        (np.exp(STEPS / 30), True),
+        (FALL, False),
+        (0.7 + 0.01 * STEPS / 100, False),
+        (0.7 + 0.05 * NOISE, False),
+        (np.concatenate([FALL, 0.01 + STEPS / 300]), False),
+    ],
+    ids=["rises again", "nan", "explodes", "falls", "creeps", "jitters", "half back"],
+)
+def test_losses_that_diverge(losses, alarms):
+    found = judge_losses(losses)
+    assert [one.rule for one in found] == ["learning-rate/diverges"] * alarms
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,9 @@ def test_codes_against_numpy():
     found = column_codes(CODES, targets)
     means = np.array([targets[one == CODES].mean() for one in range(12)])
     counts = np.array([(one == CODES).sum() for one in range(12)])
-    np.testing.assert_allclose(found.encoded, means[CODES.astype(int)])
+    np.testing.assert_allclose(found.encoded, means[CODES.astype(int)], atol=0.5)
+    own = np.corrcoef(found.encoded - means[CODES.astype(int)], targets)[0, 1]
+    assert own < 0  # the mean of others leans away from an example's own target
     assert found.num_values == 12
     residual = targets - found.encoded
     within = residual @ residual / (400 - 12)

@@ -136,7 +136,7 @@ def _unexplained(
 ) -> tuple[Finding, ...]:
     outcome = diagnosis.outcomes[0]
     is_short = len(outcome.batch_losses) < MIN_STEPS_TO_FAIL
-    if is_short or learning_rate.is_falling(outcome.batch_losses):
+    if is_short or learning_rate.is_falling(outcome.losses):
         return ()  # not yet
     reached = data_loss(problem, outcome.params, some_examples(problem))
     baseline = constant if np.isfinite(constant) else float(outcome.losses[0])

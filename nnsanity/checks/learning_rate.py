@@ -4,8 +4,6 @@
 explode, and go a little below" (D. Holden).
 """
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 
@@ -95,11 +93,15 @@ def wrong_rate(factor: float) -> Finding:
 
 
 def is_falling(losses: npt.ArrayLike) -> bool:
-    """Tells whether a loss was still clearly falling at the end of a trial."""
+    """Tells whether a loss was still clearly falling at the end of a trial.
+
+    Args:
+        losses: [marks], on the same examples, at even distances.
+    """
     values = np.asarray(losses, np.float64)
-    if len(values) < 20 or not np.isfinite(values).all():
+    if len(values) < 4 or not np.isfinite(values).all():
         return False
     quarter = len(values) // 4
     before, last = values[-2 * quarter : -quarter].mean(), values[-quarter:].mean()
     total = values[:quarter].mean() - last
-    return bool(math.isfinite(total) and before - last > 0.1 * max(total, 1e-12))
+    return bool(before - last > max(0.1 * total, 0.01 * abs(last), 1e-12))

@@ -15,7 +15,6 @@ from nnsanity._tree import (
     in_float32,
     inexact_leaves,
     is_inexact,
-    num_elements,
     num_examples,
     take_examples,
 )
@@ -133,9 +132,3 @@ def test_examples_of_a_tree():
     np.testing.assert_array_equal(inputs, [[8, 9], [0, 1]])
     assert targets["y"].tolist() == [4, 0]
     assert take_examples(data, slice(1, 3))[1]["y"].tolist() == [1, 2]
-
-
-@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3, 4), (70_000, 70_000)])
-def test_num_elements_is_exact(shape):
-    expected = int(np.prod(shape, dtype=object))
-    assert num_elements(jax.ShapeDtypeStruct(shape, jnp.float32)) == expected

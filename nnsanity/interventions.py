@@ -28,8 +28,8 @@ from nnsanity.trial import (
 
 NUM_SEEDS = 3
 MIN_GAIN = 0.1
-"""Gain in quality that a repair must bring (the gap that DeepChecker-style benchmarks
-ask for between a faulty program and its twin)."""
+"""Gain in quality that a repair must bring; a difference of this size between a faulty
+program and its repaired twin is worth a finding."""
 MIN_GAIN_BY_CHANCE = 0.2
 """The same for another learning rate or other weights: nearly every healthy program
 could learn somewhat more from some other choice of these."""

@@ -123,7 +123,7 @@ def judge_inputs(
     findings = [*_nonfinite(host.moments, "nonfinite-input", name)]
     varying = ~host.constant
     rms, mean = host.root_mean_square[varying], host.moments.mean[varying]
-    deviation = np.sqrt(host.moments.square_deviations / host.moments.count.clip(1))
+    deviation = _deviation(host.moments)
     deviation = deviation[varying]
     if varying.any():
         size = float(np.sqrt(np.mean(rms**2)))
@@ -207,7 +207,7 @@ def _double_normalized(name: str, rms: np.ndarray) -> Finding:
 def _disparity(
     name: str, host: Normalization, disparity: float, limit: float
 ) -> Finding:
-    deviation = np.sqrt(host.moments.square_deviations / host.moments.count.clip(1))
+    deviation = _deviation(host.moments)
     varying = np.flatnonzero(_vary_throughout(host.moments))
     order = varying[np.argsort(deviation[varying])]
     small, large = order[0], order[-1]
@@ -243,7 +243,7 @@ def _constant_features(name: str, constant: np.ndarray) -> Finding:
 def _standardize_advice(moments: Moments) -> str:
     """Names the numbers to subtract and divide by, for at most three features."""
     mean = np.atleast_1d(moments.mean)
-    deviation = np.sqrt(moments.square_deviations / np.maximum(moments.count, 1))
+    deviation = _deviation(moments)
     pairs = [
         f"feature {index}: subtract {number(mean[index])}, divide by"
         f" {number(deviation[index])}"
@@ -256,6 +256,11 @@ def _standardize_advice(moments: Moments) -> str:
         f"{'; ...' if len(mean) > 3 else ''}). Do not rescale a feature that is small"
         " because it matters less."
     )
+
+
+def _deviation(moments: Moments) -> np.ndarray:
+    """Returns the deviation of each feature; ``moments`` are on the host already."""
+    return np.atleast_1d(moments.deviation)
 
 
 def judge_targets(
@@ -274,7 +279,7 @@ def judge_targets(
     reference = max(output_size, 1.0) if math.isfinite(output_size) else 1.0
     limit = limits.get("normalization/unnormalized-targets", TARGET_LIMIT)
     if not size <= limit * reference:
-        deviation = np.sqrt(host.moments.square_deviations / host.moments.count.clip(1))
+        deviation = _deviation(host.moments)
         findings.append(
             Finding(
                 "normalization/unnormalized-targets",
@@ -303,10 +308,7 @@ def judge_split(training: Moments, held_out: Moments) -> tuple[Finding, ...]:
     train, other = jax.tree.map(np.atleast_1d, jax.device_get((training, held_out)))
     if other.nonfinite.any():
         return tuple(_nonfinite(other, "nonfinite-input", "validation inputs"))
-    train_deviation, other_deviation = (
-        np.sqrt(one.square_deviations / np.maximum(one.count, 1))
-        for one in (train, other)
-    )
+    train_deviation, other_deviation = (_deviation(one) for one in (train, other))
     scale = np.maximum(train_deviation, other_deviation)
     scale = np.where(scale > 0, scale, 1.0)
     chance = 4 / np.sqrt(np.maximum(np.minimum(train.count, other.count), 1))

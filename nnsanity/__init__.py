@@ -15,9 +15,9 @@ from nnsanity.findings import DiagnosisError, Finding
 from nnsanity.lint import lint
 from nnsanity.moments import Moments, feature_moments, merge_moments, z_scores
 from nnsanity.report import Report
+from nnsanity.signals import Signals, activations, value_and_grad
 from nnsanity.tracing.bounds import Bounds, output_bounds
-from nnsanity.tracing.layers import Layer, layers
-from nnsanity.tracing.tap import activations
+from nnsanity.tracing.layers import Layer, Uninspected, layers
 
 __version__ = "0.1.0"
 
@@ -32,6 +32,8 @@ __all__ = [
     "Normalization",
     "Reachable",
     "Report",
+    "Signals",
+    "Uninspected",
     "WeightStats",
     "activations",
     "checkup",
@@ -45,6 +47,7 @@ __all__ = [
     "normalization",
     "output_bounds",
     "reachable",
+    "value_and_grad",
     "weight_stats",
     "z_scores",
 ]

@@ -17,7 +17,7 @@ from nnsanity.checks import (
     normalization,
     results,
 )
-from nnsanity.findings import CONSEQUENCES, Finding
+from nnsanity.findings import CONSEQUENCES, Finding, listed
 from nnsanity.interventions import Diagnosis, intervene, train_original, untouched
 from nnsanity.levels import FAILED, LEARNED, unit_of
 from nnsanity.lint import lint
@@ -185,8 +185,11 @@ def _read(problem: Problem, book: _Book) -> None:
         problem.loss_fn, problem.params, batch, apply_fn=problem.apply_fn
     )
     book.measurements["layers"] = tuple(one.layer for one in problem.network.layers)
+    by_reason: dict[str, list[str]] = {}
     for name, reason in problem.network.uninspected.items():
-        book.skipped[f"layer {name}"] = reason
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        book.skipped[f"parameters {listed(names)}"] = reason
     if not problem.network.layers:
         book.skipped["layers"] = "no weight meets the inputs in a product or look-up"
     if problem.kind is not None and problem.head is None:

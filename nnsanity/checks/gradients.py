@@ -16,9 +16,10 @@ import numpy as np
 from nnsanity._tree import in_float32, inexact_leaves, is_inexact, leaf_names
 from nnsanity._types import ApplyFn, Array, Params, PyTree
 from nnsanity.findings import NO_LIMITS, Finding, Limits, listed, number
-from nnsanity.tracing.layers import Located, inspect
+from nnsanity.tracing.layers import Located, Uninspected, inspect
 from nnsanity.tracing.reach import Cut, Reach
 from nnsanity.tracing.tap import Taps, evaluate
+from nnsanity.units import dead_fraction, dead_of, is_thresholded, never_active
 
 DEAD_LIMIT = 0.1
 """Healthy share of dead units in a layer, over at least 256 examples."""
@@ -104,12 +105,16 @@ class DeadUnits(NamedTuple):
     """Units that pass nothing back for any example.
 
     Attributes:
-        dead: bool[units] for each layer that a thresholding nonlinearity follows.
-        fraction: float32[] for each of these layers; healthy is under 0.1.
+        dead: bool[units] for each layer that a thresholding nonlinearity follows;
+            layers inside of a scan are stacked: bool[length, units].
+        fraction: float32[] for each of these layers, float32[length] where they are
+            stacked; healthy is under 0.1.
+        uninspected: parameters that belong to no layer, and why.
     """
 
     dead: dict[str, Array]
     fraction: dict[str, Array]
+    uninspected: Uninspected = Uninspected()
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -140,40 +145,23 @@ def dead_units(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> DeadUnits:
         Lu et al. (2019), "Dying ReLU and Initialization".
     """
     network = inspect(apply_fn, params, inputs)
-    read, names = {}, {}
-    for one in network.layers:
-        if one.activation is None or not one.activation.flat_values:
-            continue
-        site = network.site(one.after)
-        names[site] = one.layer.name
-        read[site] = functools.partial(
-            _is_dead,
-            flat_values=one.activation.flat_values,
-            unit_axes=one.unit_axes,
-            units=one.layer.units,
-        )
+    watched = [one for one in network.layers if is_thresholded(one)]
+    read = {
+        network.site(one.after): functools.partial(never_active, one=one)
+        for one in watched
+    }
     leaves = jax.tree.leaves((params, inputs))
-    _, collected = evaluate(network.program, leaves, Taps(read=read))
-    dead = {names[site]: mask for site, mask in collected.items()}
+    taps = Taps(read=read, fold=jnp.logical_and)
+    _, readings = evaluate(network.program, leaves, taps)
+    dead = {
+        one.layer.name: dead_of(readings[network.site(one.after)], one)
+        for one in watched
+    }
     return DeadUnits(
-        dead, {name: jnp.mean(mask, dtype=jnp.float32) for name, mask in dead.items()}
+        dead,
+        {name: dead_fraction(mask) for name, mask in dead.items()},
+        Uninspected.of(network),
     )
-
-
-def _is_dead(
-    values: Array,
-    *,
-    flat_values: tuple[float, ...],
-    unit_axes: tuple[int, ...],
-    units: int,
-) -> Array:
-    is_flat = functools.reduce(
-        jnp.logical_or,
-        [values == jnp.asarray(flat, values.dtype) for flat in flat_values],
-    )
-    others = tuple(axis for axis in range(values.ndim) if axis not in unit_axes)
-    # A flattened image has each channel once for every position.
-    return jnp.all(jnp.all(is_flat, axis=others).reshape(-1, units), axis=0)
 
 
 def judge_gradients(
@@ -311,11 +299,14 @@ def judge_dead_units(
     limit = limits.get("gradients/dead-units", DEAD_LIMIT)
     host = jax.device_get(measured)
     findings = []
-    for name, fraction in host.fraction.items():
-        enough = num_examples >= DEAD_EXAMPLES or fraction == 1
-        if enough and not fraction <= limit:
-            finding = _dead(name, host.dead[name], float(fraction), num_examples)
-            findings.append(finding._replace(limit=limit))
+    for name, masks in host.dead.items():
+        for place in np.ndindex(masks.shape[:-1]):
+            fraction = host.fraction[name][place]
+            enough = num_examples >= DEAD_EXAMPLES or fraction == 1
+            if enough and not fraction <= limit:
+                words = name + "".join(f"[{index}]" for index in place)
+                finding = _dead(words, masks[place], float(fraction), num_examples)
+                findings.append(finding._replace(limit=limit))
     return tuple(findings)
 
 

@@ -15,7 +15,7 @@ from nnsanity._tree import in_float32, is_inexact, leaf_names
 from nnsanity._types import ApplyFn, Array, Params, PyTree
 from nnsanity.findings import NO_LIMITS, Finding, Limits, listed, number
 from nnsanity.tracing.layers import Located, Network, inspect
-from nnsanity.tracing.tap import Taps, evaluate
+from nnsanity.tracing.tap import Reading, Taps, evaluate
 
 GAIN_FACTOR = 2.0
 """How far a gain may lie off the one that its nonlinearity needs."""
@@ -74,15 +74,26 @@ def weight_stats(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> WeightSta
         for one in network.layers
     }
     leaves = jax.tree.leaves((params, inputs))
-    _, collected = evaluate(network.program, leaves, Taps(read=read))
-    signals = [collected[network.site(one.before)] for one in network.layers]
+    _, readings = evaluate(network.program, leaves, Taps(read=read))
     deviations = [_size(leaves[one.weight]) for one in network.layers]
-    if not signals:
+    if not deviations:
         return WeightStats(*(jnp.zeros(0) for _ in WeightStats._fields))
     fans = jnp.array([float(one.layer.fan_in) for one in network.layers])
     deviation = jnp.stack(deviations)
+    signals = [
+        _pooled(readings[network.site(one.before)], one) for one in network.layers
+    ]
     signal, spread = (jnp.stack(column) for column in zip(*signals, strict=True))
     return WeightStats(deviation, deviation * jnp.sqrt(fans), signal, spread)
+
+
+def _pooled(reading: Reading, one: Located) -> tuple[Array, Array]:
+    """Joins the turns of loops: units are alike where they are in one of a stack."""
+    variance, spread = reading.value
+    ran = reading.ran
+    variance = jnp.mean(variance, where=ran)
+    spread = jnp.max(spread, axis=one.shared, initial=-jnp.inf, where=ran)
+    return jnp.sqrt(variance), jnp.min(spread)
 
 
 def _size(weight: Array) -> Array:
@@ -95,7 +106,7 @@ def _signal(values: Array, *, one: Located) -> tuple[Array, Array]:
     axes = one.linear_stages[-1].axes if one.linear_stages else one.axes
     centre = jnp.mean(values, axis=axes, keepdims=True)
     spread = jnp.max(jnp.abs(values - centre))
-    return jnp.std(values), jnp.where(size > 0, spread / size, jnp.nan)
+    return jnp.var(values), jnp.where(size > 0, spread / size, jnp.nan)
 
 
 def needed_gain(one: Located) -> float:
@@ -139,9 +150,8 @@ def _is_bias(network: Network, one: Located, leaf: int) -> bool:
         step
         for step in steps
         if any(
-            network.steps.is_weight(value) and leaf in network.steps.parameters[value]
-            for value in step.inputs
-            if value is not None
+            leaf in network.steps.origins[value].parameters
+            for value in network.steps.weights(step)
         )
     ]
     return bool(uses) and all(step.eqn.primitive.name == "add" for step in uses)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnsanity.tracing import compat
-from nnsanity.tracing.steps import STRUCTURAL, Step
+from nnsanity.tracing.operations import STRUCTURAL
+from nnsanity.tracing.steps import Step
 
 _GRID = np.linspace(-10.0, 10.0, 401, dtype=np.float32)
 _LOW_END = (_GRID >= -4.0) & (_GRID <= -3.01)

@@ -10,7 +10,7 @@ import jax
 
 from nnsanity._types import LossFn, Params, PyTree
 from nnsanity.tracing import compat
-from nnsanity.tracing.reach import Frame, body_of, carried, place
+from nnsanity.tracing.reach import Frame, body_of, place
 
 
 class Label(NamedTuple):
@@ -226,7 +226,7 @@ def _scan(
 ) -> list[Label]:
     """Keeps on the carry what every step keeps."""
     body, _ = compat.opened(eqn.params["jaxpr"])
-    first, last = carried(eqn, body)
+    first, last = compat.carried(eqn, body)
     consts, carry = operands[:first], list(operands[first:last])
     xs = [_shifted(label, -1) for label in operands[last:]]
     while True:

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from nnsanity.tracing.geometry import moved_axes
-from nnsanity.tracing.steps import (
+from nnsanity.tracing.operations import (
     CONTRACTIONS,
     ELEMENTWISE,
     STRUCTURAL,
-    Step,
-    Steps,
+    SUMS_OVER_DEVICES,
     operations,
 )
+from nnsanity.tracing.steps import Step, Steps
 
 _REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "argmax", "iota"})
 _POOLING = frozenset({"reduce_window_max", "reduce_window_sum", "reduce_window"})
@@ -29,8 +29,8 @@ class Stage(NamedTuple):
     """What happens between a value and the next one that all of it passes through.
 
     Attributes:
-        kind: ``"move"``, ``"pool"``, ``"affine"``, ``"norm"``, ``"softmax"`` or
-            ``"activation"``.
+        kind: ``"move"``, ``"pool"``, ``"affine"``, ``"norm"``, ``"merge"`` (another
+            layer's output is added), ``"softmax"`` or ``"activation"``.
         steps: its equations.
         end: number of the value that comes out.
         axes: which axes of that value are units.
@@ -48,8 +48,8 @@ class Chains:
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
         self.users: list[list[int]] = [[] for _ in steps.avals]
-        self.is_output = {value for value in steps.outputs if value is not None}
-        live = set(self.is_output)  # a print or a result thrown away uses nothing
+        self.is_output = steps.returned
+        live = set(steps.returned)  # a print or a result thrown away uses nothing
         for index in reversed(range(len(steps.steps))):
             step = steps.steps[index]
             if live.isdisjoint(step.outputs):
@@ -66,7 +66,11 @@ class Chains:
         """
         is_activated = False
         while True:
-            stage = self._softmax(value, axes) or self._next(value, axes)
+            stage = (
+                self._softmax(value, axes)
+                or self._next(value, axes)
+                or self._merge(value, axes)
+            )
             if stage is None or (is_activated and not self._goes_on(stage)):
                 return
             yield stage
@@ -112,6 +116,24 @@ class Chains:
             return None if moved is None else Stage(kind, steps, end, moved)
         return Stage(kind, steps, end, axes)
 
+    def _merge(self, value: int, axes: tuple[int, ...]) -> Stage | None:
+        """Adds what another layer made: a residual branch, a recurrent state."""
+        if value in self.is_output or len(self.users[value]) != 1:
+            return None
+        step = self.steps.steps[self.users[value][0]]
+        if step.eqn.primitive.name not in ("add", "add_any"):
+            return None
+        (end,) = step.outputs
+        if self.steps.avals[end].shape != self.steps.avals[value].shape:
+            return None
+        met = [
+            self.steps.origins[one]
+            for one in step.inputs
+            if one is not None and one != value
+        ]
+        is_layered = met and met[0].data and met[0].parameters
+        return Stage("merge", (step,), end, axes) if is_layered else None
+
     def _bottleneck(self, value: int) -> tuple[tuple[Step, ...], int] | None:
         """Finds the nearest value that everything made from ``value`` passes through.
 
@@ -143,15 +165,16 @@ class Chains:
 
     def _brings_in_more(self, step: Step, region: set[int]) -> bool:
         if any(
-            value is not None and value not in region and self.steps.data[value]
+            value is not None and value not in region and self.steps.origins[value].data
             for value in step.inputs
         ):
             return True
-        return bool(operations(step.eqn) & CONTRACTIONS)
+        names = operations(step.eqn)
+        return bool(names & CONTRACTIONS) or step.is_opened
 
     def _kind(self, steps: tuple[Step, ...], start: int, end: int) -> str | None:
         names = all_operations(steps)
-        if len(steps) == 1 and names <= STRUCTURAL:
+        if len(steps) == 1 and names <= STRUCTURAL | SUMS_OVER_DEVICES:
             return "move"
         if names <= _POOLING:
             return "pool"

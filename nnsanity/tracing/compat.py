@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend import source_info_util
+from jax.sharding import PartitionSpec, Sharding
 
 Atom = Any
 Equation = Any
@@ -83,6 +84,58 @@ def called_jaxpr(eqn: Equation) -> tuple[Jaxpr, tuple] | None:
     body, consts = opened(bodies[0])
     fits = len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars)
     return (body, consts) if fits else None
+
+
+def carried(eqn: Equation, body: Jaxpr) -> tuple[int, int]:
+    """Returns where the carry begins and ends among the operands of a scan.
+
+    Read from the shapes, since the parameters that say so changed with JAX 0.12: what
+    is scanned over or stacked has one axis more outside of the body.
+    """
+    around = zip((eqn.invars, eqn.outvars), (body.invars, body.outvars), strict=True)
+    num_xs, num_ys = (
+        sum(a.aval.shape != b.aval.shape for a, b in zip(out, inn, strict=True))
+        for out, inn in around
+    )
+    last = len(eqn.invars) - num_xs
+    return last - (len(eqn.outvars) - num_ys), last
+
+
+def manual_axes(eqn: Equation) -> tuple[str, ...]:
+    """Returns the axes that a shard_map goes over, in the order of its mesh."""
+    params = eqn.params
+    names = params.get("newly_manual_axes", params.get("manual_axes", ()))
+    return tuple(name for name in params["mesh"].axis_names if name in names)
+
+
+def shard_map_again(eqn: Equation, fn: Callable, more: PartitionSpec) -> Callable:
+    """Returns a shard_map of another function over the same mesh.
+
+    Args:
+        eqn: a shard_map.
+        fn: ``fn(operands, more_in) -> (results, more_out)`` on each device.
+        more: the spec of every leaf of ``more_in`` and ``more_out``.
+    """
+    return jax.shard_map(
+        fn,
+        mesh=eqn.params["mesh"],
+        in_specs=(list(eqn.params["in_specs"]), more),
+        out_specs=(list(eqn.params["out_specs"]), more),
+        axis_names=set(manual_axes(eqn)),
+        check_vma=eqn.params["check_vma"],
+    )
+
+
+def placed(values: Sequence[Any], shardings: Sequence[Any] | None) -> list:
+    """Keeps the shardings that a jit asked for; others are left to the compiler."""
+    if shardings is None:
+        return list(values)
+    return [
+        jax.lax.with_sharding_constraint(value, sharding)
+        if isinstance(sharding, Sharding)
+        else value
+        for value, sharding in zip(values, shardings, strict=True)
+    ]
 
 
 def is_literal(atom: Atom) -> bool:

@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 from nnsanity.tracing.compat import Equation
+from nnsanity.tracing.operations import LOOK_UPS
 from nnsanity.tracing.steps import Step, Steps
 
 
@@ -34,11 +35,15 @@ def weight_geometry(steps: Steps, step: Step) -> Geometry | None:
     rule = _RULES.get(step.eqn.primitive.name)
     if rule is None or len(step.inputs) < 2:
         return None
-    first, second = step.inputs[:2]
-    for position, weight, operand in ((1, second, first), (0, first, second)):
-        if weight is None or operand is None:
+    first, second, *others = step.inputs
+    pairs = [(0, first, second), (1, second, first)]
+    if step.eqn.primitive.name in LOOK_UPS:  # of one index among several
+        pairs = [(0, first, other) for other in (second, *others)]
+    for position, weight, operand in pairs:
+        if weight is None or operand is None or not steps.is_weight(weight):
             continue
-        if steps.is_weight(weight) and steps.data[operand]:
+        met = steps.origins[operand]
+        if met.data or (met.other and not met.parameters):
             return rule(steps, step.eqn, position, weight, operand)
     return None
 
@@ -74,19 +79,47 @@ def _conv(
     return Geometry("conv", weight, operand, per_group * size, fan_out, units, axes)
 
 
+def _ragged(
+    steps: Steps, eqn: Equation, position: int, weight: int, operand: int
+) -> Geometry | None:
+    """Experts in one array, each for some of the rows."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    if position == 0 or len(numbers.rhs_group_dimensions) != 1:
+        return None
+    contracted, batch = numbers.dot_dimension_numbers
+    shape = steps.avals[weight].shape
+    used = {*contracted[1], *batch[1], *numbers.rhs_group_dimensions}
+    free = [size for axis, size in enumerate(shape) if axis not in used]
+    ndim = len(eqn.outvars[0].aval.shape)
+    axes = (*range(len(batch[1])), *range(ndim - len(free), ndim))
+    fan_in = math.prod(shape[axis] for axis in contracted[1])
+    units = math.prod(free) * math.prod(shape[axis] for axis in batch[1])
+    return Geometry("dense", weight, operand, fan_in, math.prod(free), units, axes)
+
+
 def _embedding(
     steps: Steps, eqn: Equation, position: int, weight: int, operand: int
 ) -> Geometry | None:
     shape = steps.avals[weight].shape
     if position == 1 or len(shape) < 2:
         return None
-    axes = tuple(eqn.params["dimension_numbers"].offset_dims)
+    if eqn.primitive.name == "gather":
+        axes = tuple(eqn.params["dimension_numbers"].offset_dims)
+    else:
+        sizes = eqn.params["slice_sizes"]
+        axes = tuple(axis for axis, size in enumerate(sizes) if size == shape[axis])
     result = eqn.outvars[0].aval.shape
     units = math.prod(result[axis] for axis in axes)
     return Geometry("embedding", weight, operand, 1, units, units, axes)
 
 
-_RULES = {"dot_general": _dense, "conv_general_dilated": _conv, "gather": _embedding}
+_RULES = {
+    "dot_general": _dense,
+    "ragged_dot_general": _ragged,
+    "conv_general_dilated": _conv,
+    "gather": _embedding,
+    "dynamic_slice": _embedding,
+}
 
 
 def moved_axes(eqn: Equation, axes: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -4,28 +4,24 @@ A layer is a contraction or a look-up that has a parameter as an operand, with t
 the normalization and the nonlinearity that follow.
 """
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
+import jax
 
 from nnsanity._tree import is_inexact, leaf_names
 from nnsanity._types import ApplyFn, Params, PyTree
-from nnsanity.tracing import activation, compat
+from nnsanity.tracing import activation, compat, control
 from nnsanity.tracing.activation import Activation
 from nnsanity.tracing.chains import Chains, Stage, all_operations
 from nnsanity.tracing.compat import Program
+from nnsanity.tracing.control import Axis
 from nnsanity.tracing.geometry import weight_geometry
-from nnsanity.tracing.steps import (
-    CONTRACTIONS,
-    Site,
-    Step,
-    Steps,
-    open_up,
-    operations,
-)
+from nnsanity.tracing.operations import CONTRACTIONS, STRUCTURAL, operations
+from nnsanity.tracing.steps import Site, Step, Steps, open_up
 
 
 class Layer(NamedTuple):
@@ -38,6 +34,8 @@ class Layer(NamedTuple):
         fan_out: how many outputs each of its inputs takes part in.
         units: output units, or channels.
         activation: name of the nonlinearity that follows, or None.
+        stack: how many times it stands in the network with other weights, for each loop
+            around it, the outermost first; empty outside of a scan over layers.
     """
 
     name: str
@@ -45,7 +43,8 @@ class Layer(NamedTuple):
     fan_in: int
     fan_out: int
     units: int
-    activation: str | None
+    activation: str | None = None
+    stack: tuple[int, ...] = ()
 
 
 class Located(NamedTuple):
@@ -59,6 +58,8 @@ class Located(NamedTuple):
         operand: number of the value that enters it.
         start: number of the value that leaves it.
         axes: which axes of that value are units.
+        around: the axes that its values get on their way out of the loops around it.
+        stack: those of them along which it has other weights.
         stages: what follows, up to and with the nonlinearity.
         activation: the nonlinearity, or None.
     """
@@ -70,8 +71,10 @@ class Located(NamedTuple):
     operand: int
     start: int
     axes: tuple[int, ...]
-    stages: tuple[Stage, ...]
-    activation: Activation | None
+    around: tuple[Axis, ...]
+    stack: tuple[Axis, ...]
+    stages: tuple[Stage, ...] = ()
+    activation: Activation | None = None
 
     @property
     def before(self) -> int:
@@ -83,6 +86,13 @@ class Located(NamedTuple):
     def linear_stages(self) -> tuple[Stage, ...]:
         """The stages before the nonlinearity."""
         return linear_part(self.stages)
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """Which of the axes ``around`` are turns of a loop with the same weights."""
+        return tuple(
+            index for index, axis in enumerate(self.around) if axis not in self.stack
+        )
 
     @property
     def after(self) -> int:
@@ -102,8 +112,8 @@ class Network(NamedTuple):
         program: as traced.
         steps: as opened up.
         layers: in the order of execution.
-        uninspected: name of each floating-point parameter of two or more axes that
-            belongs to no layer, and why.
+        uninspected: name of each floating-point parameter that belongs to no layer,
+            and why.
     """
 
     program: Program
@@ -115,8 +125,41 @@ class Network(NamedTuple):
         """Returns where a value is born."""
         site = self.steps.sites[value]
         if site is None:
-            raise ValueError(f"value {value} is an argument or a constant")
+            raise ValueError(f"value {value} is a constant")
         return site
+
+    def without_gradient(self, one: Located) -> str | None:
+        """Says why the gradient that comes back to a layer can't be seen, if so."""
+        path = one.step.path
+        around = [path[:depth] for depth in range(1, len(path))]
+        bodies = [self.steps.bodies.get(prefix) for prefix in around]
+        if not self.steps.own_derivative.isdisjoint(around):
+            return "inside of a function whose derivative was written by hand"
+        if any(body is not None and not body.has_gradient for body in bodies):
+            return "inside of a while loop, through which no gradient comes back"
+        if not is_inexact(self.steps.avals[one.start]):
+            return "its output is not floating-point"
+        return None
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Uninspected:
+    """What could not be looked into, as a part of results that hold arrays.
+
+    It has no leaves, so that it passes through ``jit``, ``vmap`` and ``scan``.
+
+    Attributes:
+        reasons: name and reason of each floating-point parameter that belongs to no
+            layer.
+    """
+
+    reasons: tuple[tuple[str, str], ...] = ()
+
+    @staticmethod
+    def of(network: Network) -> "Uninspected":
+        """Says it of a network."""
+        return Uninspected(tuple(network.uninspected.items()))
 
 
 def layers(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> tuple[Layer, ...]:
@@ -152,42 +195,78 @@ def inspect(fn: Callable, params: Params, *rest: PyTree) -> Network:
     names = leaf_names(params)
     program = compat.trace(fn, params, *rest)
     steps = open_up(program, len(names))
+    located = _named(_with_what_follows(steps), names)
+    return Network(program, steps, located, _uninspected(steps, located, names))
+
+
+def _with_what_follows(steps: Steps) -> list[Located]:
     chains = Chains(steps)
-    found = (_locate(steps, chains, program, step) for step in steps.steps)
-    located = _named([one for one in found if one is not None], names)
-    return Network(program, steps, located, _uninspected(steps, located, params))
+    bare = [one for step in steps.steps if (one := _located(steps, step)) is not None]
+    found = [
+        _nonlinearity(steps, one.start, tuple(chains.stages(one.start, one.axes)))
+        for one in bare
+    ]
+    # The nonlinearity of a sum of layers belongs to the last of them.
+    ends = [
+        stages[-1].end if stages else one.start
+        for one, (stages, _) in zip(bare, found, strict=True)
+    ]
+    owners = dict(zip(ends, bare, strict=True))
+    return [
+        _followed(steps, one, stages, nonlinearity)
+        if owners[end] is one
+        else _followed(steps, one, _until_merge(stages), None)
+        for one, end, (stages, nonlinearity) in zip(bare, ends, found, strict=True)
+    ]
 
 
-def _locate(
-    steps: Steps, chains: "Chains", program: Program, step: Step
-) -> Located | None:
+def _located(steps: Steps, step: Step) -> Located | None:
     geometry = weight_geometry(steps, step)
     if geometry is None:
         return None
-    leaves = steps.parameters[geometry.weight]
-    main = max(leaves, key=lambda leaf: (math.prod(steps.avals[leaf].shape), -leaf))
-    stages = tuple(chains.stages(step.outputs[0], geometry.axes))
-    stages, nonlinearity = _nonlinearity(steps, program, step.outputs[0], stages)
-    own = [
-        steps.parameters[value]
-        for stage in stages
-        for one in stage.steps
-        for value in steps.weights(one)
-    ]
-    name = None if nonlinearity is None else nonlinearity.name
+    origin = steps.origins[geometry.weight]
+    size = {leaf: math.prod(steps.avals[leaf].shape) for leaf in origin.parameters}
+    around = steps.axes(step.path)
     return Located(
-        Layer(
-            "", geometry.kind, geometry.fan_in, geometry.fan_out, geometry.units, name
-        ),
-        main,
-        leaves.union(*own),
+        Layer("", geometry.kind, geometry.fan_in, geometry.fan_out, geometry.units),
+        max(size, key=lambda leaf: (size[leaf], -leaf)),
+        origin.parameters,
         step,
         geometry.operand,
         step.outputs[0],
         geometry.axes,
-        stages,
-        nonlinearity,
+        around,
+        tuple(axis for axis in around if axis in origin.varies),
     )
+
+
+def _followed(
+    steps: Steps,
+    one: Located,
+    stages: tuple[Stage, ...],
+    nonlinearity: Activation | None,
+) -> Located:
+    layer = one.layer._replace(
+        activation=None if nonlinearity is None else nonlinearity.name,
+        stack=tuple(axis.size for axis in one.stack),
+    )
+    own = [
+        steps.origins[value].parameters
+        for stage in stages
+        for step in stage.steps
+        for value in steps.weights(step)
+    ]
+    leaves = one.leaves.union(*own)
+    return one._replace(
+        layer=layer, leaves=leaves, stages=stages, activation=nonlinearity
+    )
+
+
+def _until_merge(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    for index, stage in enumerate(stages):
+        if stage.kind == "merge":
+            return stages[:index]
+    return stages
 
 
 def linear_part(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
@@ -199,20 +278,15 @@ def linear_part(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
 
 
 def _nonlinearity(
-    steps: Steps, program: Program, start: int, stages: tuple[Stage, ...]
+    steps: Steps, start: int, stages: tuple[Stage, ...]
 ) -> tuple[tuple[Stage, ...], Activation | None]:
     """Recognizes the nonlinearity, and drops the stages that do not belong to it."""
     num_linear = len(linear_part(stages))
     if num_linear == len(stages):
-        return stages, None
+        return _until_merge(stages), None
     if stages[-1].kind == "softmax":
         is_log = "log" in all_operations(stages[-1].steps)
         return stages, Activation("log_softmax" if is_log else "softmax")
-    consts = steps.literals | {
-        number: value
-        for number, value in zip(steps.consts, program.consts, strict=True)
-        if np.size(value) == 1
-    }
     first = num_linear  # a scaling by numbers before it is part of what it does
     while first and _is_scaling(steps, stages[first - 1]):
         first -= 1
@@ -222,7 +296,7 @@ def _nonlinearity(
             before = stages[begin - 1].end if begin else start
             taken = [step for stage in stages[begin:end] for step in stage.steps]
             found = activation.recognize(
-                steps.with_constants(taken), before, stages[end - 1].end, consts
+                steps.with_constants(taken), before, stages[end - 1].end, steps.literals
             )
             if found.name in activation.NAMES:
                 return stages[:end], found
@@ -259,21 +333,38 @@ def _parent(name: str) -> str:
 
 
 def _uninspected(
-    steps: Steps, located: tuple[Located, ...], params: Params
+    steps: Steps, located: tuple[Located, ...], names: tuple[str, ...]
 ) -> dict[str, str]:
-    hidden_in = {}
-    for step in steps.steps:
-        inside = operations(step.eqn)
-        if step.eqn.primitive.name not in inside and inside & CONTRACTIONS:
-            for value in steps.weights(step):
-                names = dict.fromkeys(steps.parameters[value], step.eqn.primitive.name)
-                hidden_in.update(names)
     covered = frozenset().union(*(one.leaves for one in located))
+    closed: dict[int, str] = {}
+    users: dict[int, set[str]] = {}
+    for step in steps.steps:
+        name = step.eqn.primitive.name
+        read = step.inputs
+        if step.is_opened:  # all but the test of a while loop stands in the list
+            read = tuple(step.inputs[index] for index in control.beside(step.eqn))
+        for value in read:
+            if value is None or not steps.is_weight(value):
+                continue
+            for leaf in steps.origins[value].parameters:
+                users.setdefault(leaf, set()).add(name)
+                if _may_hide_a_layer(step.eqn):
+                    closed[leaf] = name
     reasons = {}
-    for index, name in enumerate(leaf_names(params)):
-        aval = steps.avals[index]
-        if index in hidden_in:
-            reasons[name] = f"used inside of {hidden_in[index]}, not looked into yet"
-        elif index not in covered and is_inexact(aval) and len(aval.shape) > 1:
-            reasons[name] = "not the weight of a product with the inputs or a look-up"
+    for index, name in enumerate(names):
+        if index in closed:
+            reasons[name] = f"used inside of {closed[index]}, which is not looked into"
+        elif index not in users and is_inexact(steps.avals[index]):
+            reasons[name] = "not used"
+        elif index not in covered and is_inexact(steps.avals[index]):
+            verbs = ", ".join(sorted(users[index] - STRUCTURAL))
+            reasons[name] = (
+                "not the weight of a product with the inputs or of a look-up, nor a"
+                f" part of what follows one; used by {verbs}"
+            )
     return reasons
+
+
+def _may_hide_a_layer(eqn: compat.Equation) -> bool:
+    inside = operations(eqn)
+    return eqn.primitive.name not in inside and bool(inside & CONTRACTIONS)

@@ -287,7 +287,7 @@ def _scan(
     eqn: compat.Equation, outs: Sequence[Mark], frame: Frame, cuts: Cuts
 ) -> list[Mark]:
     body, _ = compat.opened(eqn.params["jaxpr"])
-    first, last = carried(eqn, body)
+    first, last = compat.carried(eqn, body)
     carry, ys = list(outs[: last - first]), outs[last - first :]
     while True:
         marks = _sweep(body, [*carry, *ys], Frame(body, eqn, frame), cuts)
@@ -295,21 +295,6 @@ def _scan(
         if more == carry:
             return marks
         carry = more
-
-
-def carried(eqn: compat.Equation, body: compat.Jaxpr) -> tuple[int, int]:
-    """Returns where the carry begins and ends among the operands of a scan.
-
-    Read from the shapes, since the parameters that say so changed with JAX 0.12: what
-    is scanned over or stacked has one axis more outside of the body.
-    """
-    around = zip((eqn.invars, eqn.outvars), (body.invars, body.outvars), strict=True)
-    num_xs, num_ys = (
-        sum(a.aval.shape != b.aval.shape for a, b in zip(out, inn, strict=True))
-        for out, inn in around
-    )
-    last = len(eqn.invars) - num_xs
-    return last - (len(eqn.outvars) - num_ys), last
 
 
 def _while(

@@ -6,8 +6,10 @@ from typing import NamedTuple
 import jax
 
 from nnsanity._types import Array, Params, PyTree
+from nnsanity.tracing.control import Path
 from nnsanity.tracing.layers import Located, Network, inspect
-from nnsanity.tracing.steps import STRUCTURAL, Site
+from nnsanity.tracing.operations import STRUCTURAL
+from nnsanity.tracing.steps import Site
 from nnsanity.tracing.tap import Taps, evaluate
 
 
@@ -15,7 +17,7 @@ class LayerValues(NamedTuple):
     """The values around one layer's nonlinearity.
 
     Attributes:
-        entering: what the layer's weight meets; None where that is an argument.
+        entering: what the layer's weight meets; None where that is a constant.
         before: what enters the nonlinearity.
         after: what leaves it; equal to ``before`` where there is none.
     """
@@ -61,15 +63,18 @@ def replaced(
     def run(params: Params, *rest: PyTree) -> PyTree:
         network = inspect(fn, params, *rest)
         write: dict[Site, Callable[[Array], Array]] = {}
+        inline = set[Path]()
         for located, stages in matched(network, blueprint):
             replacement = replacements.get(located.layer.name)
             if replacement is not None:
                 located = located._replace(stages=stages)
+                inline |= _straddled(network, located)
                 _add_writes(write, network, located, replacement)
         for value in penalties(network):
             write[network.site(value)] = lambda penalty: penalty * penalty_scale
         leaves = jax.tree.leaves((params, *rest))
-        outputs, _ = evaluate(network.program, leaves, Taps(write=write))
+        taps = Taps(write=write, inline=frozenset(inline))
+        outputs, _ = evaluate(network.program, leaves, taps)
         return jax.tree.unflatten(
             jax.tree.structure(network.program.out_shape), outputs
         )
@@ -101,7 +106,7 @@ def penalties(network: Network) -> list[int]:
         scalars = [steps.avals[value].shape == () for value in step.outputs]
         if step.eqn.primitive.name in ("add", "add_any", "sub") and all(scalars):
             meets_data = any(
-                value is not None and steps.data[value] for value in step.inputs
+                value is not None and steps.origins[value].data for value in step.inputs
             )
             weights = steps.weights(step) if meets_data else []
             found += [value for value in weights if steps.sites[value] is not None]
@@ -130,6 +135,20 @@ def _add_writes(
     if located.activation is not None:
         _chain(write, network.site(located.before), keep_before)
     _chain(write, network.site(located.after), combine)
+
+
+def _straddled(network: Network, located: Located) -> set[Path]:
+    """Finds the calls that hold some of a layer's values and not the others.
+
+    What is kept of a value inside of ``remat`` can't be used outside of it.
+    """
+    values = (located.operand, located.before, located.after)
+    sites = [site for value in values if (site := network.steps.sites[value])]
+    prefixes = [
+        [site.path[:depth] for depth in range(1, len(site.path))] for site in sites
+    ]
+    paths = {path for one in prefixes for path in one}
+    return {path for path in paths if not all(path in one for one in prefixes)}
 
 
 def _chain(

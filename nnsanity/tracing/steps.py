@@ -1,63 +1,71 @@
-"""A program as one list of equations, with the calls opened up.
+"""A program as one list of equations, with calls and control flow opened up.
 
 ``jit``, ``remat`` and the like are opened: the equations of their bodies stand in the
-list as if they were written there.  Control flow is one step, and so is a call with a
-derivative of its own (``custom_jvp``, ``custom_vjp``) unless it holds a layer, since
-opening it would lose that derivative.
+list as if they were written there.  So are the bodies of loops, branches and
+``shard_map``, with values of their own; the equation itself follows them as one more
+step.  A call with a derivative of its own (``custom_jvp``, ``custom_vjp``) stays closed
+unless it holds a layer, since opening it would lose that derivative.
 """
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from nnsanity.tracing import compat
+import jax
+import numpy as np
+
+from nnsanity.tracing import compat, control
 from nnsanity.tracing.compat import Equation, Jaxpr, Program
+from nnsanity.tracing.control import Axis, Body, Path
+from nnsanity.tracing.operations import CONTRACTIONS, LOOK_UPS, operations
 
-CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
-
-STRUCTURAL = frozenset(
-    {
-        "reshape",
-        "transpose",
-        "squeeze",
-        "expand_dims",
-        "broadcast_in_dim",
-        "convert_element_type",
-        "reduce_precision",
-        "copy",
-        "copy_p",
-        "sharding_constraint",
-        "reshard",
-        "optimization_barrier",
-        "pvary",
-        "name",
-    }
-)
-"""Operations that move or cast numbers without mixing or changing them."""
-
-ELEMENTWISE = STRUCTURAL | frozenset(
-    {
-        *("add", "sub", "mul", "div", "neg", "abs", "sign", "max", "min", "clamp"),
-        *("exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic", "erf", "erfc"),
-        *("erf_inv", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh"),
-        *("cosh", "asinh", "acosh", "atanh", "sqrt", "rsqrt", "cbrt", "square"),
-        *("integer_pow", "pow", "floor", "ceil", "round", "rem", "select_n"),
-        *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "xor", "is_finite"),
-        *("stop_gradient", "nextafter", "lgamma", "digamma", "add_any", "real"),
-    }
-)
-"""Operations whose every output element depends on one element of each operand."""
+ARGUMENTS = -1
+"""Stands in a path in the place of an equation: the arguments of a body."""
 
 
 class Site(NamedTuple):
-    """Where a value is born: an output of an equation.
+    """Where a value is born.
 
     Attributes:
-        path: index of the equation in its jaxpr, for each jaxpr from the outermost in.
-        position: which of its outputs.
+        path: index of the equation in its jaxpr, for each jaxpr from the outermost in;
+            ``ARGUMENTS`` where the value is an argument of a body or of the program.
+        position: which of its outputs, or which argument.
     """
 
-    path: tuple[int, ...]
+    path: Path
     position: int
+
+
+class Origin(NamedTuple):
+    """What a value is made from.
+
+    Attributes:
+        parameters: leaves of the parameters.
+        data: it depends on an argument that is no parameter, or on what a layer made.
+        other: it depends on a random key, or on an array that the function closes over,
+            which may be data or a part of a weight (a mask).
+        varies: the loops in which it differs from turn to turn for its own sake.
+    """
+
+    parameters: frozenset[int] = frozenset()
+    data: bool = False
+    other: bool = False
+    varies: frozenset[Axis] = frozenset()
+
+    @property
+    def is_weight(self) -> bool:
+        """Made from parameters alone."""
+        return bool(self.parameters) and not self.data
+
+
+def joined(origins: Iterable[Origin]) -> Origin:
+    """What is made from several values."""
+    origins = tuple(origins)
+    return Origin(
+        frozenset().union(*(one.parameters for one in origins)),
+        any(one.data for one in origins),
+        any(one.other for one in origins),
+        frozenset().union(*(one.varies for one in origins)),
+    )
 
 
 class Step(NamedTuple):
@@ -68,12 +76,14 @@ class Step(NamedTuple):
         eqn: the equation.
         inputs: numbers of the values that it reads, None for a literal.
         outputs: numbers of the values that it makes.
+        is_opened: its bodies stand in the list before it.
     """
 
-    path: tuple[int, ...]
+    path: Path
     eqn: Equation
     inputs: tuple[int | None, ...]
     outputs: tuple[int, ...]
+    is_opened: bool = False
 
 
 class Steps(NamedTuple):
@@ -82,35 +92,38 @@ class Steps(NamedTuple):
     Attributes:
         steps: in the order of execution.
         inputs: the values of the arguments.
-        consts: the values of the constants.
         outputs: the values that are returned, None for a literal.
+        returned: the values that a body returns, those of the program among them.
         avals: shape and dtype of every value.
-        sites: where each value is born, None for arguments and constants.
-        parameters: for each value the leaves of the parameters that it depends on.
-        data: for each value whether it depends on an argument that is no parameter.
+        sites: where each value is born, None for constants.
+        origins: what each value is made from.
+        bodies: of the control flow, by their paths.
         own_derivative: paths of opened calls whose derivative the user wrote; running
             them again equation by equation would lose it.
-        literals: values that are known from the program's text alone.
+        literals: numbers that are known from the program's text alone.
         makers: the step that makes each value; none for arguments and constants.
     """
 
     steps: tuple[Step, ...]
     inputs: tuple[int, ...]
-    consts: tuple[int, ...]
     outputs: tuple[int | None, ...]
+    returned: frozenset[int]
     avals: list
     sites: list[Site | None]
-    parameters: list[frozenset[int]]
-    data: list[bool]
-    own_derivative: frozenset[tuple[int, ...]]
+    origins: list[Origin]
+    bodies: dict[Path, Body]
+    own_derivative: frozenset[Path]
     literals: dict[int, Any]
     makers: dict[int, Step]
 
     def is_weight(self, value: int | None) -> bool:
         """Tells whether a value is made from parameters alone."""
-        return (
-            value is not None and bool(self.parameters[value]) and not self.data[value]
-        )
+        return value is not None and self.origins[value].is_weight
+
+    def axes(self, path: Path) -> tuple[Axis, ...]:
+        """Returns the axes that a value born there gets on its way out."""
+        around = (self.bodies.get(path[:depth]) for depth in range(1, len(path)))
+        return tuple(axis for body in around if body is not None for axis in body.axes)
 
     def with_constants(self, steps: Sequence[Step]) -> list[Step]:
         """Adds the steps that make the constants among the operands of some steps."""
@@ -121,7 +134,7 @@ class Steps(NamedTuple):
                 maker = None if value is None else self.makers.get(value)
                 if maker is None or value is None or maker.path in needed:
                     continue
-                if not self.data[value] and not self.parameters[value]:
+                if not self.origins[value].data and not self.origins[value].parameters:
                     needed[maker.path] = maker
                     waiting.append(maker)
         return [needed[path] for path in sorted(needed)]
@@ -145,66 +158,64 @@ def open_up(program: Program, num_parameters: int) -> Steps:
     builder = _Builder()
     jaxpr = program.jaxpr
     inputs = tuple(
-        builder.value(var.aval, _only(index, num_parameters), index >= num_parameters)
+        builder.value(
+            var.aval,
+            Origin(frozenset({index}))
+            if index < num_parameters
+            else Origin(data=not _is_key(var.aval), other=_is_key(var.aval)),
+            Site((ARGUMENTS,), index),
+        )
         for index, var in enumerate(jaxpr.invars)
     )
-    consts = tuple(builder.value(var.aval) for var in jaxpr.constvars)
-    outputs = builder.open(jaxpr, inputs, consts, ())
+    outputs = builder.open(jaxpr, inputs, program.consts, ())
+    builder.returned.update(value for value in outputs if value is not None)
     return Steps(
         tuple(builder.steps),
         inputs,
-        consts,
         outputs,
+        frozenset(builder.returned),
         builder.avals,
         builder.sites,
-        builder.parameters,
-        builder.data,
+        builder.origins,
+        builder.bodies,
         frozenset(builder.own_derivative),
         builder.literals,
         {output: step for step in builder.steps for output in step.outputs},
     )
 
 
-def _only(index: int, num_parameters: int) -> frozenset[int]:
-    return frozenset({index}) if index < num_parameters else frozenset()
+def _is_key(aval: Any) -> bool:
+    dtype = getattr(aval, "dtype", None)
+    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 class _Builder:
-    """Walks through a jaxpr and its calls, and numbers the values."""
+    """Walks through a jaxpr and what it runs, and numbers the values."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.avals: list = []
         self.sites: list[Site | None] = []
-        self.parameters: list[frozenset[int]] = []
-        self.data: list[bool] = []
+        self.origins: list[Origin] = []
+        self.returned: set[int] = set()
         self.literals: dict[int, Any] = {}
-        self.own_derivative: set[tuple[int, ...]] = set()
+        self.bodies: dict[Path, Body] = {}
+        self.own_derivative: set[Path] = set()
 
-    def value(
-        self,
-        aval: object,
-        parameters: frozenset[int] = frozenset(),
-        data: bool = False,  # noqa: FBT001, FBT002
-        site: Site | None = None,
-    ) -> int:
+    def value(self, aval: object, origin: Origin, site: Site | None = None) -> int:
         """Adds a value and returns its number."""
         self.avals.append(aval)
         self.sites.append(site)
-        self.parameters.append(parameters)
-        self.data.append(data)
+        self.origins.append(origin)
         return len(self.avals) - 1
 
     def open(
-        self,
-        jaxpr: Jaxpr,
-        inputs: Iterable[int | None],
-        consts: Iterable[int],
-        path: tuple[int, ...],
+        self, jaxpr: Jaxpr, inputs: Iterable[int], consts: Sequence, path: Path
     ) -> tuple[int | None, ...]:
         """Adds the steps of a jaxpr and returns the values of its outputs."""
         numbers = dict(zip(jaxpr.invars, inputs, strict=True))
-        numbers |= dict(zip(jaxpr.constvars, consts, strict=True))
+        for var, const in zip(jaxpr.constvars, consts, strict=True):
+            numbers[var] = self._constant(var.aval, const)
 
         def number(atom: compat.Atom) -> int | None:
             return None if compat.is_literal(atom) else numbers[atom]
@@ -216,50 +227,148 @@ class _Builder:
             if body is not None and not self._stays_closed(eqn, operands):
                 if eqn.primitive.name.startswith("custom_"):
                     self.own_derivative.add(here)
-                inner_consts = [self.value(var.aval) for var in body[0].constvars]
-                passed = [
-                    self._literal(atom) if operand is None else operand
-                    for atom, operand in zip(eqn.invars, operands, strict=True)
-                ]
-                outputs = self.open(body[0], passed, inner_consts, here)
+                outputs = self.open(body[0], self._passed(eqn, operands), body[1], here)
+            elif _holds_layers(eqn) and (bodies := control.bodies(eqn, here)):
+                outputs = self._add_control(eqn, operands, bodies, here)
             else:
                 outputs = self._add(eqn, operands, here)
             numbers |= dict(zip(eqn.outvars, outputs, strict=True))
         return tuple(number(atom) for atom in jaxpr.outvars)
 
-    def _literal(self, atom: compat.Atom) -> int:
-        """Adds a literal that is passed into a call, where it becomes a variable."""
-        number = self.value(atom.aval)
-        self.literals[number] = atom.val
+    def _passed(self, eqn: Equation, operands: tuple[int | None, ...]) -> list[int]:
+        """Gives literals a number that are passed into a body."""
+        return [
+            self._constant(atom.aval, atom.val) if operand is None else operand
+            for atom, operand in zip(eqn.invars, operands, strict=True)
+        ]
+
+    def _constant(self, aval: Any, const: Any) -> int:
+        is_known = not isinstance(const, jax.core.Tracer) and not _is_key(aval)
+        is_number = is_known and np.size(const) == 1
+        number = self.value(aval, Origin(other=not is_number))
+        if is_number:
+            self.literals[number] = const
         return number
 
     def _stays_closed(self, eqn: Equation, operands: tuple[int | None, ...]) -> bool:
         if not eqn.primitive.name.startswith("custom_"):
             return False
         has_weight = any(
-            value is not None and self.parameters[value] and not self.data[value]
-            for value in operands
+            value is not None and self.origins[value].is_weight for value in operands
         )
-        return not (has_weight and operations(eqn) & CONTRACTIONS)
+        return not (has_weight and _holds_layers(eqn))
 
     def _add(
-        self, eqn: Equation, operands: tuple[int | None, ...], path: tuple[int, ...]
+        self, eqn: Equation, operands: tuple[int | None, ...], path: Path
     ) -> tuple[int, ...]:
-        known = [value for value in operands if value is not None]
-        parameters = frozenset().union(*(self.parameters[value] for value in known))
-        data = any(self.data[value] for value in known)
+        known = [self.origins[value] for value in operands if value is not None]
+        origin = joined(known)
+        if eqn.primitive.name in CONTRACTIONS | LOOK_UPS:
+            # The first layer of a network that makes its own inputs.
+            meets_other = any(one.other and not one.parameters for one in known)
+            has_weight = any(one.is_weight for one in known)
+            origin = origin._replace(data=origin.data or (has_weight and meets_other))
+        return self._outputs(eqn, operands, [origin] * len(eqn.outvars), path)
+
+    def _outputs(
+        self,
+        eqn: Equation,
+        operands: tuple[int | None, ...],
+        origins: Iterable[Origin],
+        path: Path,
+        *,
+        is_opened: bool = False,
+    ) -> tuple[int, ...]:
         outputs = tuple(
-            self.value(var.aval, parameters, data, Site(path, position))
-            for position, var in enumerate(eqn.outvars)
+            self.value(var.aval, origin, Site(path, position))
+            for position, (var, origin) in enumerate(
+                zip(eqn.outvars, origins, strict=True)
+            )
         )
-        self.steps.append(Step(path, eqn, operands, outputs))
+        self.steps.append(Step(path, eqn, operands, outputs, is_opened))
         return outputs
 
+    def _add_control(
+        self,
+        eqn: Equation,
+        operands: tuple[int | None, ...],
+        bodies: Sequence[Body],
+        path: Path,
+    ) -> tuple[int, ...]:
+        passed = self._passed(eqn, operands)
+        # What decides which branch is taken, or how often, is in every result.
+        decides = joined(self.origins[passed[index]] for index in control.beside(eqn))
+        results: list[list[Origin]] = [[] for _ in eqn.outvars]
+        for body in bodies:
+            self.bodies[body.path] = body
+            for index, origin in zip(
+                body.results, self._add_body(body, passed), strict=True
+            ):
+                results[index].append(origin)
+        return self._outputs(
+            eqn,
+            operands,
+            [_outside(joined([*origins, decides]), bodies) for origins in results],
+            path,
+            is_opened=True,
+        )
 
-def operations(eqn: Equation) -> frozenset[str]:
-    """Returns the names of the primitives in an equation, calls opened."""
-    bodies = list(compat.sub_jaxprs(eqn))
-    if not bodies:
-        return frozenset({eqn.primitive.name})
-    inside = (compat.opened(body)[0].eqns for body in bodies)
-    return frozenset().union(*(operations(one) for eqns in inside for one in eqns))
+    def _add_body(self, body: Body, passed: Sequence[int]) -> list[Origin]:
+        """Adds the steps of a body; returns the origins of its outputs."""
+        origins = [
+            self.origins[passed[operand]]._replace(
+                varies=self.origins[passed[operand]].varies | varies
+            )
+            for operand, varies in zip(body.operands, body.varies, strict=True)
+        ]
+        begin = self._mark()
+        while True:
+            inputs = [
+                self.value(var.aval, origin, Site((*body.path, ARGUMENTS), position))
+                for position, (var, origin) in enumerate(
+                    zip(body.jaxpr.invars, origins, strict=True)
+                )
+            ]
+            for number, operand in zip(inputs, body.operands, strict=True):
+                if passed[operand] in self.literals:
+                    self.literals[number] = self.literals[passed[operand]]
+            for index in body.feedback:
+                self.literals.pop(inputs[index], None)
+            outputs = self.open(body.jaxpr, inputs, body.consts, body.path)
+            found = [
+                Origin() if value is None else self.origins[value] for value in outputs
+            ]
+            more = list(origins)
+            for index, output in body.feedback.items():
+                more[index] = joined([origins[index], found[output]])
+            if more == origins:
+                self.returned.update(value for value in outputs if value is not None)
+                return [
+                    joined(
+                        [one, *(more[k] for k, o in body.feedback.items() if o == i)]
+                    )
+                    for i, one in enumerate(found)
+                ]
+            origins = more
+            self._back_to(begin)
+
+    def _mark(self) -> tuple[int, int]:
+        return len(self.avals), len(self.steps)
+
+    def _back_to(self, mark: tuple[int, int]) -> None:
+        """Forgets what was added since; to be added again with other origins."""
+        num_values, num_steps = mark
+        del self.avals[num_values:], self.sites[num_values:], self.origins[num_values:]
+        del self.steps[num_steps:]
+        self.literals = {k: v for k, v in self.literals.items() if k < num_values}
+        self.returned = {value for value in self.returned if value < num_values}
+
+
+def _outside(origin: Origin, bodies: Sequence[Body]) -> Origin:
+    """Drops the loops that a value has left."""
+    inner = {axis for body in bodies for axis in body.axes}
+    return origin._replace(varies=origin.varies - inner)
+
+
+def _holds_layers(eqn: Equation) -> bool:
+    return bool(operations(eqn) & (CONTRACTIONS | LOOK_UPS))

@@ -217,20 +217,8 @@ def test_residual_networks():
     ]
 
 
-def scanned(p, x):
-    return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["w"][None])[0]
-
-
-def repeated(p, x):
-    return jax.lax.while_loop(lambda c: jnp.sum(c) < 9, lambda c: c @ p["w"], x)
-
-
-def branched(p, x):
-    return jax.lax.cond(jnp.sum(x) > 0, lambda: jax.jit(jnp.dot)(x, p["w"]), lambda: x)
-
-
-def counted(p, x):
-    return jax.lax.fori_loop(0, 3, lambda _, c: c @ p["w"], x)
+def looping(p, x):
+    return jax.lax.while_loop(lambda c: jnp.sum(c @ p["w"]) < 9, lambda c: c + 1, x)
 
 
 def looked_up(p, x):
@@ -240,23 +228,31 @@ def looked_up(p, x):
 @pytest.mark.parametrize(
     ("hidden_layer", "reason"),
     [
-        (scanned, "inside of scan"),
-        (repeated, "inside of while"),
-        (branched, "inside of cond"),
-        (counted, "inside of "),
+        (looping, "inside of while"),
         (looked_up, "look-up"),
-        (lambda p, x: x + jnp.sum(x[:, :, None] * p["w"], 1), "not the weight"),
-        (lambda p, x: x, "not the weight"),
+        (lambda p, x: x + jnp.sum(x[:, :, None] * p["w"], 1), "used by mul"),
+        (lambda p, x: x * jax.lax.rsqrt(p["w"][0, 0]), "used by"),
+        (lambda p, x: x, "not used"),
     ],
 )
 def test_what_is_not_inspected_is_listed(hidden_layer, reason):
     def apply_fn(params, x):
         return jax.nn.relu(hidden_layer(params, x) @ params["seen"])
 
-    network = inspect(apply_fn, {"w": W, "seen": W, "b": jnp.ones(3)}, X)
+    network = inspect(apply_fn, {"w": W, "seen": W}, X)
     assert [one.layer.name for one in network.layers] == ["seen"]
     assert list(network.uninspected) == ["w"]
     assert reason in network.uninspected["w"]
+
+
+def test_a_learned_temperature_is_listed():
+    def apply_fn(params, x):
+        return jax.nn.relu(x @ params["w"]) @ params["w"] / params["temperature"]
+
+    found = inspect(apply_fn, {"temperature": jnp.float32(2), "w": W}, X)
+    assert [one.layer.name for one in found.layers] == ["w", "w#2"]
+    assert found.layers[1].leaves == {0, 1}  # it scales the output of the last layer
+    assert found.uninspected == {}
 
 
 def test_sixty_four_layers():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from nnsanity.tracing.compat import trace
-from nnsanity.tracing.steps import Site, open_up, operations
+from nnsanity.tracing.steps import ARGUMENTS, Origin, Site, open_up
 from tests.tracing.programs import WRAPPED, relu_with_own_gradient
 
 PARAMS = {"b": jnp.ones(4), "w": jnp.ones((3, 4))}
@@ -37,7 +37,7 @@ def test_values_lead_from_step_to_step():
     assert tanh.inputs == dot.outputs
     assert bias in [value for step in steps.steps[2:] for value in step.inputs]
     assert steps.outputs == steps.steps[-1].outputs
-    assert steps.sites[weight] is None
+    assert steps.sites[weight] == Site((ARGUMENTS,), 1)
     assert steps.sites[dot.outputs[0]] == Site(dot.path, 0)
     assert steps.avals[dot.outputs[0]].shape == (5, 4)
 
@@ -51,13 +51,11 @@ def test_says_what_each_value_is_made_from():
     product, of_inputs, _ = steps.outputs
     (dot,) = [s for s in steps.steps if s.eqn.primitive.name == "dot_general"]
     (weight,) = steps.weights(dot)
-    assert steps.parameters[weight] == {0, 1}
-    assert not steps.data[weight]
+    assert steps.origins[weight] == Origin(frozenset({0, 1}))
     assert steps.is_weight(weight)
-    assert steps.parameters[product] == {0, 1}
-    assert steps.data[product]
+    assert steps.origins[product] == Origin(frozenset({0, 1}), data=True)
     assert not steps.is_weight(product)
-    assert steps.parameters[of_inputs] == set()
+    assert steps.origins[of_inputs] == Origin(data=True)
     assert not steps.is_weight(of_inputs)
     assert not steps.is_weight(None)
 
@@ -77,22 +75,77 @@ def test_own_derivatives_that_hold_a_layer_are_opened():
     assert names(opened(lambda p, x: dense(p["w"], x))) == ["dot_general"]
 
 
-@pytest.mark.parametrize(
-    "loop",
-    [
-        lambda w, x: jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=2)[0],
-        lambda w, x: jax.lax.while_loop(
-            lambda c: jnp.sum(c) < 9, lambda c: jax.jit(jnp.matmul)(c, w), x
-        ),
-        lambda w, x: jax.lax.cond(jnp.sum(x) > 0, lambda: x @ w, lambda: x),
-    ],
-)
-def test_control_flow_is_one_step_that_tells_what_it_holds(loop):
-    steps = opened(lambda p, x: loop(p["w"], x), {"w": jnp.ones((3, 3))})
-    (last,) = [s for s in steps.steps if "dot_general" in operations(s.eqn)]
-    assert last.eqn.primitive.name in ("scan", "while", "cond")
-    assert steps.weights(last) == [steps.inputs[0]]
-    assert last.eqn.primitive.name not in operations(last.eqn)
+LOOPS = {
+    "scan": lambda w, x: jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=2)[0],
+    "while": lambda w, x: jax.lax.while_loop(
+        lambda c: jnp.sum(c) < 9, lambda c: jax.jit(jnp.matmul)(c, w), x
+    ),
+    "cond": lambda w, x: jax.lax.cond(jnp.sum(x) > 0, lambda: x @ w, lambda: x),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_control_flow_follows_the_steps_of_its_bodies(name):
+    steps = opened(lambda p, x: LOOPS[name](p["w"], x), {"w": jnp.ones((3, 3))})
+    (dot,) = [s for s in steps.steps if s.eqn.primitive.name == "dot_general"]
+    (control,) = [s for s in steps.steps if s.is_opened]
+    assert control.eqn.primitive.name == name
+    assert steps.steps.index(dot) < steps.steps.index(control)
+    assert dot.path[: len(control.path)] == control.path
+    (weight,) = steps.weights(dot)
+    assert weight != steps.inputs[0]
+    assert steps.origins[weight] == Origin(frozenset({0}))
+    assert steps.origins[control.outputs[0]] == Origin(frozenset({0}), data=True)
+    assert steps.outputs == control.outputs
+
+
+def test_what_a_loop_returns_depends_on_what_went_around():
+    def apply_fn(params, x):
+        def turn(carry, _):
+            _, second, third = carry
+            return (second, third, third), None
+
+        start = jnp.zeros(3), jnp.zeros(3), params["w"][0] + x[0, 0]
+        looped = jax.lax.scan(turn, start, None, length=2)[0]
+        return looped[0] @ params["w"]
+
+    steps = opened(apply_fn, {"w": jnp.ones((3, 3))})
+    (dot,) = [s for s in steps.steps if s.eqn.primitive.name == "dot_general"]
+    assert steps.origins[dot.inputs[0]] == Origin(frozenset({0}), data=True)
+
+
+def test_weights_of_a_stack_vary_and_shared_ones_do_not():
+    def apply_fn(params, x):
+        def turn(carry, own):
+            return carry @ own @ params["w"], None
+
+        return jax.lax.scan(turn, x, params["stack"])[0]
+
+    params = {"stack": jnp.ones((4, 3, 3)), "w": jnp.ones((3, 3))}
+    steps = opened(apply_fn, params)
+    dots = [s for s in steps.steps if s.eqn.primitive.name == "dot_general"]
+    (axis,) = steps.axes(dots[0].path)
+    assert (axis.name, axis.size) == (None, 4)
+    varies = [steps.origins[steps.weights(dot)[0]].varies for dot in dots]
+    assert varies == [{axis}, set()]
+
+
+def test_keys_and_closed_over_arrays_may_be_data_or_a_part_of_a_weight():
+    mask, rows = jnp.eye(3), jnp.ones((5, 3))
+
+    def masked(params, x):
+        return x @ (params["w"] * mask)
+
+    def without_inputs(params, key):
+        noise = jax.random.normal(key, (5, 3))
+        return (rows + noise) @ params["w"] @ params["w"]
+
+    params = {"w": jnp.ones((3, 3))}
+    for fn, inputs in ((masked, INPUTS), (without_inputs, jax.random.key(0))):
+        steps = opened(fn, params, inputs)
+        dots = [s for s in steps.steps if s.eqn.primitive.name == "dot_general"]
+        assert all(len(steps.weights(dot)) == 1 for dot in dots)
+        assert steps.origins[dots[-1].outputs[0]].data
 
 
 @pytest.mark.parametrize("name", WRAPPED)

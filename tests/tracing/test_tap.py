@@ -155,10 +155,10 @@ def test_write_puts_another_value_in_place_and_read_sees_it(name):
     site = network.site(network.layers[0].after)
     taps = Taps(read={site: jnp.max}, write={site: lambda value: 0 * value + 2})
     leaves = jax.tree.leaves((FIRST_TWO, INPUTS))
-    (outputs,), collected = evaluate(network.program, leaves, taps)
+    (outputs,), readings = evaluate(network.program, leaves, taps)
     expected = np.full((64, 4), 2.0) @ WEIGHTS[1][0] + WEIGHTS[1][1]
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-4)
-    assert {site: float(value) for site, value in collected.items()} == {site: 2.0}
+    assert {site: float(one.value) for site, one in readings.items()} == {site: 2.0}
 
 
 def test_remat_is_still_remat():

@@ -1,0 +1,299 @@
+"""What passes through the layers: activations, and the gradients that come back."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.dtypes import float0
+
+from nnsanity._tree import in_float32, is_inexact
+from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree
+from nnsanity.tracing.layers import Located, Network, Uninspected, inspect
+from nnsanity.tracing.steps import Site
+from nnsanity.tracing.tap import Reading, Readings, Slots, Taps, evaluate
+from nnsanity.units import dead_of, is_thresholded, never_active
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def activations(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> dict[str, Array]:
+    """Returns what every layer puts out, after its nonlinearity.
+
+    Costs one forward pass and the memory of all activations.  Dictionaries come out of
+    a jitted function sorted by key: ask ``layers`` for the order of execution.
+
+    Args:
+        apply_fn: ``apply_fn(params, inputs) -> outputs``.
+        params: any pytree of arrays.
+        inputs: leading axis the examples.
+
+    Returns:
+        The values by layer name, of the shapes that the network computes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"w": jnp.array([[1.0, -1.0]])}
+        >>> apply_fn = lambda params, x: jax.nn.relu(x @ params["w"])
+        >>> activations(apply_fn, params, jnp.array([[2.0]]))
+        {'w': Array([[2., 0.]], dtype=float32)}
+    """
+    network = inspect(apply_fn, params, inputs)
+    sites = {network.site(one.after): one.layer.name for one in network.layers}
+    taps = Taps(read=dict.fromkeys(sites, lambda value: value))
+    leaves = jax.tree.leaves((params, inputs))
+    _, readings = evaluate(network.program, leaves, taps)
+    return {sites[site]: one.where_it_ran() for site, one in readings.items()}
+
+
+class Signals(NamedTuple):
+    """What passed through the layers in one step, by layer name.
+
+    Layers inside of a scan over layers are stacked: one more axis of its length.  Turns
+    of a loop with the same weights, such as time steps, count as more examples.
+
+    Attributes:
+        preactivation_rms: float32[], root mean square of what enters the nonlinearity.
+        activation_rms: float32[], of what leaves it.
+        preactivation_gradient_rms: float32[], of the gradient of the loss by what
+            enters the nonlinearity; 0 where nothing comes back.
+        activation_gradient_rms: float32[], by what leaves it.
+        dead: bool[units], units that a thresholding nonlinearity held at a flat end for
+            every example; only layers that have one.
+        watched: bool[]; False where ``when`` was, then all the numbers are 0.
+        uninspected: parameters that belong to no layer, and why.
+    """
+
+    preactivation_rms: dict[str, Array]
+    activation_rms: dict[str, Array]
+    preactivation_gradient_rms: dict[str, Array]
+    activation_gradient_rms: dict[str, Array]
+    dead: dict[str, Array]
+    watched: Array
+    uninspected: Uninspected
+
+
+def value_and_grad(
+    loss_fn: LossFn, *, has_aux: bool = False, when: Array | bool = True
+) -> Callable:
+    """Like ``jax.value_and_grad``, and says what passed through every layer.
+
+    The numbers come from the one forward and the one backward pass of the gradient.
+    The gradient by an activation is reduced where it passes, by a tap: an identity
+    whose own derivative hands out the statistic of what comes back.  Worry where a
+    gradient shrinks from layer to layer, or is 0.
+
+    Args:
+        loss_fn: ``loss_fn(params, batch) -> scalar``; with ``has_aux`` it returns
+            ``(scalar, aux)``.  More arguments are passed on.
+        has_aux: whether it returns a pair.
+        when: bool[], whether to look.  An array is asked in the compiled program, and a
+            step that is not watched costs what ``jax.value_and_grad`` does; both steps
+            are compiled.
+
+    Returns:
+        A function of ``(params, batch)`` that returns ``((loss, signals), grads)``;
+        with ``has_aux`` ``(((loss, aux), signals), grads)``.  ``signals`` is a
+        ``Signals``.  Leaves of ``params`` that are not floating-point have
+        gradients of float0.
+
+    Raises:
+        TypeError: if ``when`` is not a boolean scalar.
+        ValueError: if ``loss_fn`` does not return what it should.
+
+    Example:
+        >>> params = {"w": jnp.array([[2.0, -1.0]])}
+        >>> loss_fn = lambda params, x: jnp.sum(jax.nn.relu(x @ params["w"]))
+        >>> (loss, signals), grads = value_and_grad(loss_fn)(params, jnp.ones((4, 1)))
+        >>> loss, grads["w"]
+        (Array(8., dtype=float32), Array([[4., 0.]], dtype=float32))
+        >>> signals.dead["w"], signals.activation_gradient_rms["w"]
+        (Array([False,  True], dtype=bool), Array(1., dtype=float32))
+    """
+    if jnp.shape(when) != () or jnp.result_type(when) != jnp.bool_:
+        raise TypeError(
+            "value_and_grad: when must be a bool or a boolean scalar such as"
+            f" step % 16 == 0, got {when!r}"
+        )
+
+    def value_and_grad_fn(params: Params, *rest: PyTree) -> tuple:
+        network = inspect(loss_fn, params, *rest)
+        outputs = _checked_outputs(network.program.out_shape, has_aux=has_aux)
+        leaves, structure = jax.tree.flatten(params)
+        is_trained = [is_inexact(leaf) for leaf in leaves]
+        taps, slots = _taps(network, when=when)
+
+        def run(trained: list, slots: Slots) -> tuple:
+            given = iter(trained)
+            arguments = [
+                next(given) if chosen else leaf
+                for leaf, chosen in zip(leaves, is_trained, strict=True)
+            ]
+            arguments += jax.tree.leaves(rest)
+            (loss, *aux), readings = evaluate(network.program, arguments, taps, slots)
+            return loss, (aux, readings)
+
+        trained = [leaf for leaf, one in zip(leaves, is_trained, strict=True) if one]
+        differentiated = jax.value_and_grad(run, (0, 1), has_aux=True)
+        (loss, (aux, readings)), (grads, backward) = differentiated(trained, slots)
+        given = iter(grads)
+        grads = [
+            next(given) if chosen else np.zeros(np.shape(leaf), float0)
+            for leaf, chosen in zip(leaves, is_trained, strict=True)
+        ]
+        value = jax.tree.unflatten(outputs, [loss, *aux])
+        signals = _signals(network, readings, backward, jnp.asarray(when))
+        return (value, signals), jax.tree.unflatten(structure, grads)
+
+    return value_and_grad_fn
+
+
+def _checked_outputs(out_shape: Any, *, has_aux: bool) -> Any:
+    """Returns the structure of what the loss function returns, if it is right."""
+    is_pair = isinstance(out_shape, tuple) and len(out_shape) == 2
+    if has_aux and not is_pair:
+        raise ValueError(
+            "value_and_grad: with has_aux=True loss_fn must return (loss, aux), got"
+            f" {out_shape}"
+        )
+    loss = out_shape[0] if has_aux else out_shape
+    shape = getattr(loss, "shape", None)
+    if shape != () or not is_inexact(loss):
+        hint = "; did you forget a mean?" if shape else ""
+        if isinstance(loss, tuple):
+            hint = "; pass has_aux=True if it returns (loss, aux)"
+        raise ValueError(
+            f"value_and_grad: loss_fn must return a floating-point scalar, got {loss}"
+            f"{hint}"
+        )
+    return jax.tree.structure(out_shape)
+
+
+def _taps(network: Network, *, when: Array | bool) -> tuple[Taps, Slots]:
+    """Returns what to read at the layers, and a slot for each gradient.
+
+    A slot is 0 where the gradient is to be measured, and 1 where it is not.
+    """
+    measures: dict[Site, Callable] = {}
+    slots: dict[Site, Array] = {}
+    for one in network.layers:
+        before, after = network.site(one.before), network.site(one.after)
+        measures.setdefault(before, _measure)
+        if is_thresholded(one):
+            measures[after] = functools.partial(_measure, one=one)
+        else:
+            measures.setdefault(after, _measure)
+        if network.without_gradient(one) is None:
+            sizes = [axis.size for axis in one.around]
+            slot = jnp.full(sizes, jnp.where(when, 0.0, 1.0), jnp.float32)
+            slots |= dict.fromkeys((before, after), slot)
+    if when is True:
+        return Taps(read=measures, watch=dict.fromkeys(slots, _watch)), slots
+    read = {
+        site: functools.partial(_only_if, jnp.asarray(when), measure)
+        for site, measure in measures.items()
+    }
+    return Taps(read=read, watch=dict.fromkeys(slots, _watch_if)), slots
+
+
+def _measure(values: Array, one: Located | None = None) -> tuple[Array, Array | None]:
+    values = jax.lax.stop_gradient(values)
+    return _mean_square(values), None if one is None else never_active(values, one=one)
+
+
+def _mean_square(values: Array) -> Array:
+    values = in_float32(values)
+    values = values if jnp.isrealobj(values) else jnp.abs(values)
+    return jnp.mean(values**2).astype(jnp.float32)
+
+
+def _only_if(when: Array, measure: Callable, values: Array) -> PyTree:
+    """Measures where it is asked for; zeros elsewhere, at no cost."""
+    shapes = jax.eval_shape(measure, values)
+
+    def blank(values: Array) -> PyTree:
+        # False, and different on each device as what is measured is.
+        nothing = jnp.any((values != values) & False)
+        return jax.tree.map(
+            lambda one: jnp.zeros(one.shape, one.dtype) + nothing.astype(one.dtype),
+            shapes,
+        )
+
+    return jax.lax.cond(when, measure, blank, values)
+
+
+@jax.custom_vjp
+def _watch(value: Array, slot: Array) -> Array:
+    """Hands the value on; the gradient by the slot is the statistic of its gradient."""
+    del slot
+    return value
+
+
+@jax.custom_vjp
+def _watch_if(value: Array, slot: Array) -> Array:
+    """The same where the slot is 0."""
+    del slot
+    return value
+
+
+def _forward(value: Array, slot: Array) -> tuple[Array, Array]:
+    return value, slot
+
+
+def _backward(slot: Array, gradient: Array) -> tuple[Array, Array]:
+    # The sum with the slot varies over the devices that the slot varies over.
+    return gradient, slot + _mean_square(gradient)
+
+
+def _backward_if(slot: Array, gradient: Array) -> tuple[Array, Array]:
+    return gradient, 0 * slot + _only_if(slot == 0, _mean_square, gradient)
+
+
+_watch.defvjp(_forward, _backward)
+_watch_if.defvjp(_forward, _backward_if)
+
+
+def _signals(
+    network: Network,
+    readings: Readings,
+    gradients: Mapping[Site, Array],
+    watched: Array,
+) -> Signals:
+    signals = Signals({}, {}, {}, {}, {}, watched, _reasons(network))
+    for one in network.layers:
+        name, after = one.layer.name, network.site(one.after)
+        for site, values, backward in (
+            (
+                network.site(one.before),
+                signals.preactivation_rms,
+                signals.preactivation_gradient_rms,
+            ),
+            (after, signals.activation_rms, signals.activation_gradient_rms),
+        ):
+            square, _ = readings[site].value
+            reading = readings[site]._replace(value=square)
+            values[name] = _root(reading, one, watched)
+            if site in gradients:
+                back = reading._replace(value=gradients[site])
+                backward[name] = _root(back, one, watched)
+        if is_thresholded(one):
+            _, mask = readings[after].value
+            signals.dead[name] = dead_of(readings[after]._replace(value=mask), one)
+    return signals
+
+
+def _reasons(network: Network) -> Uninspected:
+    found = ((one.layer.name, network.without_gradient(one)) for one in network.layers)
+    return Uninspected(
+        (
+            *network.uninspected.items(),
+            *((f"gradient of {name}", reason) for name, reason in found if reason),
+        )
+    )
+
+
+def _root(squares: Reading, one: Located, watched: Array) -> Array:
+    """Joins turns with the same weights; NaN where a layer was not run."""
+    rms = jnp.sqrt(squares.merged(one.shared, jnp.mean).where_it_ran())
+    return jnp.where(watched, rms, 0)

@@ -189,17 +189,36 @@ def _taps(network: Network, *, when: Array | bool) -> tuple[Taps, Slots]:
             slot = jnp.full(sizes, jnp.where(when, 0.0, 1.0), jnp.float32)
             slots |= dict.fromkeys((before, after), slot)
     if when is True:
-        return Taps(read=measures, watch=dict.fromkeys(slots, _watch)), slots
+        return Taps(measures, watch=dict.fromkeys(slots, _watch), fold=_folded), slots
     read = {
         site: functools.partial(_only_if, jnp.asarray(when), measure)
         for site, measure in measures.items()
     }
-    return Taps(read=read, watch=dict.fromkeys(slots, _watch_if)), slots
+    return Taps(read, watch=dict.fromkeys(slots, _watch_if), fold=_folded), slots
 
 
-def _measure(values: Array, one: Located | None = None) -> tuple[Array, Array | None]:
+class _Measure(NamedTuple):
+    """Mean squares, summed over turns of a while loop, and units that stood still."""
+
+    squares: Array
+    num_turns: Array
+    dead: Array | None
+
+    @property
+    def mean_square(self) -> Array:
+        return self.squares / jnp.maximum(self.num_turns, 1)
+
+
+def _measure(values: Array, one: Located | None = None) -> _Measure:
     values = jax.lax.stop_gradient(values)
-    return _mean_square(values), None if one is None else never_active(values, one=one)
+    dead = None if one is None else never_active(values, one=one)
+    return _Measure(_mean_square(values), jnp.ones((), jnp.float32), dead)
+
+
+def _folded(earlier: _Measure, later: _Measure) -> _Measure:
+    dead = jax.tree.map(jnp.logical_and, earlier.dead, later.dead)
+    squares = earlier.squares + later.squares
+    return _Measure(squares, earlier.num_turns + later.num_turns, dead)
 
 
 def _mean_square(values: Array) -> Array:
@@ -271,15 +290,15 @@ def _signals(
             ),
             (after, signals.activation_rms, signals.activation_gradient_rms),
         ):
-            square, _ = readings[site].value
-            reading = readings[site]._replace(value=square)
+            measure = readings[site].value
+            reading = readings[site]._replace(value=measure.mean_square)
             values[name] = _root(reading, one, watched)
             if site in gradients:
                 back = reading._replace(value=gradients[site])
                 backward[name] = _root(back, one, watched)
         if is_thresholded(one):
-            _, mask = readings[after].value
-            signals.dead[name] = dead_of(readings[after]._replace(value=mask), one)
+            mask = readings[after]._replace(value=readings[after].value.dead)
+            signals.dead[name] = dead_of(mask, one)
     return signals
 
 

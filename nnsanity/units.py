@@ -40,8 +40,7 @@ def dead_of(reading: Reading, one: Located) -> Array:
     Returns:
         bool[*stack, units].
     """
-    joined = reading.merged(one.shared, jnp.all)
-    return joined.value if joined.ran is None else joined.value & joined.ran[..., None]
+    return reading.merged(one.shared, jnp.all).where_it_ran()
 
 
 def dead_fraction(dead: Array) -> Array:

@@ -8,6 +8,7 @@ import heapq
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from nnsanity._tree import is_inexact
 from nnsanity.tracing.geometry import moved_axes
 from nnsanity.tracing.operations import (
     CONTRACTIONS,
@@ -29,8 +30,8 @@ class Stage(NamedTuple):
     """What happens between a value and the next one that all of it passes through.
 
     Attributes:
-        kind: ``"move"``, ``"pool"``, ``"affine"``, ``"norm"``, ``"merge"`` (another
-            layer's output is added), ``"softmax"`` or ``"activation"``.
+        kind: ``"move"``, ``"pool"``, ``"affine"``, ``"norm"``, ``"merge"`` (other data
+            are added, or decide what is kept), ``"softmax"`` or ``"activation"``.
         steps: its equations.
         end: number of the value that comes out.
         axes: which axes of that value are units.
@@ -117,22 +118,17 @@ class Chains:
         return Stage(kind, steps, end, axes)
 
     def _merge(self, value: int, axes: tuple[int, ...]) -> Stage | None:
-        """Adds what another layer made: a residual branch, a recurrent state."""
+        """Adds what else was made, or masks it: a residual, a state, a padding."""
         if value in self.is_output or len(self.users[value]) != 1:
             return None
         step = self.steps.steps[self.users[value][0]]
-        if step.eqn.primitive.name not in ("add", "add_any"):
-            return None
-        (end,) = step.outputs
+        (end, *_) = step.outputs
         if self.steps.avals[end].shape != self.steps.avals[value].shape:
             return None
-        met = [
-            self.steps.origins[one]
-            for one in step.inputs
-            if one is not None and one != value
-        ]
-        is_layered = met and met[0].data and met[0].parameters
-        return Stage("merge", (step,), end, axes) if is_layered else None
+        name = step.eqn.primitive.name
+        is_chosen = name == "select_n" and step.inputs[0] != value
+        is_added = name in ("add", "add_any") and step.inputs.count(value) == 1
+        return Stage("merge", (step,), end, axes) if is_chosen or is_added else None
 
     def _bottleneck(self, value: int) -> tuple[tuple[Step, ...], int] | None:
         """Finds the nearest value that everything made from ``value`` passes through.
@@ -159,7 +155,7 @@ class Chains:
                 num_open += num_uses
                 for user in uses:
                     heapq.heappush(waiting, user)
-                if num_open == num_uses:
+                if num_open == num_uses and is_inexact(self.steps.avals[output]):
                     return tuple(taken), output
         return None
 
@@ -191,6 +187,9 @@ class Chains:
         for step in steps:
             name = step.eqn.primitive.name
             operands = [value in made for value in step.inputs]
+            if name == "select_n" and not operands[0]:
+                made.update(step.outputs)  # a mask
+                continue
             if name not in _AFFINE:
                 return False
             if name == "mul" and sum(operands) > 1:

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from nnsanity.tracing.compat import Equation
-from nnsanity.tracing.operations import LOOK_UPS
+from nnsanity.tracing.operations import LOOK_UPS, is_look_up
 from nnsanity.tracing.steps import Step, Steps
 
 
@@ -43,6 +43,10 @@ def weight_geometry(steps: Steps, step: Step) -> Geometry | None:
         if weight is None or operand is None or not steps.is_weight(weight):
             continue
         met = steps.origins[operand]
+        if step.eqn.primitive.name in LOOK_UPS and not is_look_up(
+            step.eqn, by_data=met.data
+        ):
+            continue
         if met.data or (met.other and not met.parameters):
             return rule(steps, step.eqn, position, weight, operand)
     return None
@@ -57,12 +61,23 @@ def _dense(
     fan_in = math.prod(shape[axis] for axis in contracted[position])
     used = {*contracted[position], *batch[position]}
     free = [size for axis, size in enumerate(shape) if axis not in used]
+    repeated = _repeated(steps, weight)
+    own = [index for index, axis in enumerate(batch[position]) if axis not in repeated]
     num_batch = len(batch[position])
     num_other = len(other) - len(contracted[1 - position]) - num_batch
     first = num_batch + (num_other if position == 1 else 0)
-    axes = (*range(num_batch), *range(first, first + len(free)))
-    units = math.prod(free) * math.prod(shape[axis] for axis in batch[position])
+    axes = (*own, *range(first, first + len(free)))
+    units = math.prod(free) * math.prod(shape[batch[position][index]] for index in own)
     return Geometry("dense", weight, operand, fan_in, math.prod(free), units, axes)
+
+
+def _repeated(steps: Steps, weight: int) -> set[int]:
+    """Returns the axes along which a weight is only repeated, as vmap does."""
+    maker = steps.makers.get(steps.roots.get(weight, weight))
+    if maker is None or maker.eqn.primitive.name != "broadcast_in_dim":
+        return set()
+    kept = maker.eqn.params["broadcast_dimensions"]
+    return {*range(len(steps.avals[weight].shape))} - {*kept}
 
 
 def _conv(

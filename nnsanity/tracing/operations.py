@@ -1,5 +1,7 @@
 """What kinds of operations there are, by the names of JAX's primitives."""
 
+import math
+
 from nnsanity.tracing import compat
 from nnsanity.tracing.compat import Equation
 
@@ -44,6 +46,19 @@ ELEMENTWISE = STRUCTURAL | frozenset(
 
 LOOK_UPS = frozenset({"gather", "dynamic_slice"})
 """Operations that pick rows of their first operand."""
+
+
+def is_look_up(eqn: Equation, *, by_data: bool) -> bool:
+    """Tells a look-up of rows from a choice among weights.
+
+    One index for all examples that no data decide, ``w[i]`` in a loop, picks a weight;
+    so does one that data decide among more than vectors, as the choice of an expert.
+    """
+    if eqn.primitive.name not in LOOK_UPS:
+        return False
+    table, *indices = (atom.aval.shape for atom in eqn.invars)
+    is_single = eqn.primitive.name == "dynamic_slice" or math.prod(indices[0]) == 1
+    return not is_single or (by_data and len(table) == 2)
 
 
 def operations(eqn: Equation) -> frozenset[str]:

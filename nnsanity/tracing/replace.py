@@ -122,7 +122,7 @@ def _add_writes(
     values: dict[str, Array] = {}
     entering = network.steps.sites[located.operand]
     if entering is not None:
-        _chain(write, entering, lambda value: values.setdefault("entering", value))
+        _chain(write, entering, lambda value: values.update(entering=value) or value)
 
     def keep_before(before: Array) -> Array:
         values["before"] = before

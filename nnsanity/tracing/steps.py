@@ -16,7 +16,12 @@ import numpy as np
 from nnsanity.tracing import compat, control
 from nnsanity.tracing.compat import Equation, Jaxpr, Program
 from nnsanity.tracing.control import Axis, Body, Path
-from nnsanity.tracing.operations import CONTRACTIONS, LOOK_UPS, operations
+from nnsanity.tracing.operations import (
+    CONTRACTIONS,
+    LOOK_UPS,
+    is_look_up,
+    operations,
+)
 
 ARGUMENTS = -1
 """Stands in a path in the place of an equation: the arguments of a body."""
@@ -102,6 +107,7 @@ class Steps(NamedTuple):
             them again equation by equation would lose it.
         literals: numbers that are known from the program's text alone.
         makers: the step that makes each value; none for arguments and constants.
+        roots: values that are another one under a new name, and that one.
     """
 
     steps: tuple[Step, ...]
@@ -115,6 +121,7 @@ class Steps(NamedTuple):
     own_derivative: frozenset[Path]
     literals: dict[int, Any]
     makers: dict[int, Step]
+    roots: dict[int, int]
 
     def is_weight(self, value: int | None) -> bool:
         """Tells whether a value is made from parameters alone."""
@@ -181,6 +188,7 @@ def open_up(program: Program, num_parameters: int) -> Steps:
         frozenset(builder.own_derivative),
         builder.literals,
         {output: step for step in builder.steps for output in step.outputs},
+        builder.roots,
     )
 
 
@@ -201,6 +209,7 @@ class _Builder:
         self.literals: dict[int, Any] = {}
         self.bodies: dict[Path, Body] = {}
         self.own_derivative: set[Path] = set()
+        self.roots: dict[int, int] = {}
 
     def value(self, aval: object, origin: Origin, site: Site | None = None) -> int:
         """Adds a value and returns its number."""
@@ -263,12 +272,32 @@ class _Builder:
     ) -> tuple[int, ...]:
         known = [self.origins[value] for value in operands if value is not None]
         origin = joined(known)
-        if eqn.primitive.name in CONTRACTIONS | LOOK_UPS:
+        by_data = any(one.data and not one.is_weight for one in known)
+        if eqn.primitive.name in CONTRACTIONS or is_look_up(eqn, by_data=by_data):
             # The first layer of a network that makes its own inputs.
             meets_other = any(one.other and not one.parameters for one in known)
             has_weight = any(one.is_weight for one in known)
             origin = origin._replace(data=origin.data or (has_weight and meets_other))
-        return self._outputs(eqn, operands, [origin] * len(eqn.outvars), path)
+        elif eqn.primitive.name in LOOK_UPS and known[0].is_weight:
+            origin = origin._replace(data=False)
+        root = self._root(eqn, operands)
+        if root is not None:
+            origin = self.origins[root]
+        outputs = self._outputs(eqn, operands, [origin] * len(eqn.outvars), path)
+        if root is not None:
+            self.roots[outputs[0]] = root
+        return outputs
+
+    def _root(self, eqn: Equation, operands: tuple[int | None, ...]) -> int | None:
+        """Finds the value that an equation hands on, as a choice between equals does.
+
+        A branch under ``vmap`` becomes one, for each of its operands.
+        """
+        if eqn.primitive.name not in ("stop_gradient", "select_n"):
+            return None
+        cases = operands[1:] if eqn.primitive.name == "select_n" else operands
+        roots = {None if case is None else self.roots.get(case, case) for case in cases}
+        return roots.pop() if len(roots) == 1 else None
 
     def _outputs(
         self,
@@ -321,7 +350,7 @@ class _Builder:
             )
             for operand, varies in zip(body.operands, body.varies, strict=True)
         ]
-        begin = self._mark()
+        begin = len(self.avals), len(self.steps)
         while True:
             inputs = [
                 self.value(var.aval, origin, Site((*body.path, ARGUMENTS), position))
@@ -350,18 +379,15 @@ class _Builder:
                     for i, one in enumerate(found)
                 ]
             origins = more
-            self._back_to(begin)
+            self._back_to(*begin)
 
-    def _mark(self) -> tuple[int, int]:
-        return len(self.avals), len(self.steps)
-
-    def _back_to(self, mark: tuple[int, int]) -> None:
+    def _back_to(self, num_values: int, num_steps: int) -> None:
         """Forgets what was added since; to be added again with other origins."""
-        num_values, num_steps = mark
         del self.avals[num_values:], self.sites[num_values:], self.origins[num_values:]
         del self.steps[num_steps:]
         self.literals = {k: v for k, v in self.literals.items() if k < num_values}
         self.returned = {value for value in self.returned if value < num_values}
+        self.roots = {k: v for k, v in self.roots.items() if k < num_values}
 
 
 def _outside(origin: Origin, bodies: Sequence[Body]) -> Origin:

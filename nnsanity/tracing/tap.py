@@ -48,8 +48,9 @@ class Reading(NamedTuple):
     Attributes:
         value: what ``read`` made; one more leading axis for each axis of the loops
             around the place, the outermost first.
-        ran: bool with these axes alone, whether the place was run at all; None where no
-            branch and no while loop lies around it.  Where it is False the value is 0.
+        ran: bool, whether the place was run at all; None where no branch and no while
+            loop lies around it.  It has the axes of the loops around the outermost of
+            these, or more of the leading axes.  Where it is False the value is 0.
     """
 
     value: PyTree
@@ -65,23 +66,27 @@ class Reading(NamedTuple):
         if not axes:
             return self
         ran = self.ran
+        if ran is not None:  # what lies inside of a branch runs in all turns or in none
+            num_missing = max(axes) + 1 - ran.ndim
+            ran = ran.reshape(ran.shape + (1,) * max(num_missing, 0))
 
         def reduced(one: Array) -> Array:
-            where = None if ran is None else _like(ran, one)
-            return reduce(one, axis=axes, where=where)
+            return reduce(
+                one, axis=axes, where=None if ran is None else _like(ran, one)
+            )
 
         any_ran = None if ran is None else jnp.any(ran, axis=axes)
         return Reading(jax.tree.map(reduced, self.value), any_ran)
 
-    def where_it_ran(self, other: float = jnp.nan) -> PyTree:
-        """Puts another number where nothing was run; integers stay 0."""
+    def where_it_ran(self) -> PyTree:
+        """Puts NaN where nothing was run; False or 0 where there is no NaN."""
         if self.ran is None:
             return self.value
         ran = self.ran
 
         def filled(one: Array) -> Array:
-            there = jnp.asarray(other, one.dtype)
-            return jnp.where(_like(ran, one), one, there) if is_inexact(one) else one
+            other = jnp.nan if is_inexact(one) else 0
+            return jnp.where(_like(ran, one), one, jnp.asarray(other, one.dtype))
 
         return jax.tree.map(filled, self.value)
 
@@ -237,21 +242,39 @@ def _run_cond(
     def branch(body: Body) -> Callable:
         def run_branch(operands: list, slots: Slots) -> tuple[list, Readings]:
             outputs, readings = _run(run, body, operands, slots)
-            return outputs, _filled(blank, readings)
+            return outputs, _filled(blank, readings, like=(operands, slots))
 
         return run_branch
 
     return jax.lax.switch(index, [branch(body) for body in inside], others, slots)
 
 
-def _filled(blank: Readings, readings: Readings) -> Readings:
-    """Adds the places of the branches that were not taken, and says which were."""
-    return {
+def _filled(blank: Readings, readings: Readings, *, like: PyTree) -> Readings:
+    """Adds the places that were not run, and says which were.
+
+    Args:
+        blank: zeros for every place.
+        readings: of the places that were run.
+        like: what it was run on; under shard_map all branches have to differ from
+            device to device as this does.
+    """
+    nothing = functools.reduce(
+        jnp.logical_or,
+        [
+            jnp.any((leaf != leaf) & False)
+            for leaf in jax.tree.leaves(like)
+            if hasattr(leaf, "dtype")
+            and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+        ],
+        jnp.zeros((), bool),
+    )
+    found = {
         site: Reading(
             one.value, jnp.asarray(site in readings) if one.ran is None else one.ran
         )
         for site, one in (blank | readings).items()
     }
+    return jax.tree.map(lambda one: jnp.where(nothing, jnp.zeros_like(one), one), found)
 
 
 def _run_while(
@@ -265,15 +288,23 @@ def _run_while(
     test = Body((*body.path, ARGUMENTS), *compat.opened(eqn.params["cond_jaxpr"]))
     _, shapes = jax.eval_shape(lambda: _run(run, body, [*consts, *init], {}))
     blank = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
-    blank = _filled(blank, {})
+    blank = _filled(blank, {}, like=operands)
+
+    def test_of(carry: list) -> Array:
+        return _run(run, test, [*tested, *carry], {})[0][0]
 
     def goes_on(state: tuple) -> Array:
-        return _run(run, test, [*tested, *state[0]], {})[0][0]
+        return jnp.any(test_of(state[0]))
 
     def turn(state: tuple) -> tuple:
         carry, earlier = state
         outputs, readings = _run(run, body, [*consts, *carry], {})
-        later = _filled(blank, readings)
+        if jnp.shape(is_on := test_of(carry)):  # by vmap, one test for each example
+            outputs = [
+                jnp.where(_like(is_on, new), new, old)
+                for new, old in zip(outputs, carry, strict=True)
+            ]
+        later = _filled(blank, readings, like=operands)
         return outputs, {
             site: _folded(run.taps.fold, earlier[site], later[site]) for site in later
         }

@@ -1,5 +1,7 @@
 """The networks that costs are measured on, written plainly, with their batches."""
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,8 +46,8 @@ def dense_layers(key, sizes):
     keys = jax.random.split(key, len(sizes) - 1)
     return {
         f"layer_{index}": {"w": he(one, *shape), "b": jnp.zeros(shape[1])}
-        for index, (one, *shape) in enumerate(
-            zip(keys, sizes[:-1], sizes[1:], strict=True)
+        for index, (one, shape) in enumerate(
+            zip(keys, itertools.pairwise(sizes), strict=True)
         )
     }
 
@@ -70,10 +72,9 @@ def mlp(batch_size=128):
 def cnn(batch_size=32):
     """A CNN for CIFAR: three convolutions with pooling, three dense layers."""
     key = jax.random.key(0)
-    shapes = zip(CHANNELS[:-1], CHANNELS[1:], strict=True)
     params = {
         f"conv_{index}": {"w": he(key, 3, 3, *shape), "b": jnp.zeros(shape[1])}
-        for index, shape in enumerate(shapes)
+        for index, shape in enumerate(itertools.pairwise(CHANNELS))
     }
     params["dense"] = dense_layers(key, DENSE_SIZES)
 
@@ -134,4 +135,9 @@ def transformer(batch_size=16):
     return Case(apply_fn, params, (tokens, jnp.roll(tokens, -1, axis=1)))
 
 
-CASES = {"MLP": mlp, "CNN": cnn, "transformer": transformer}
+CASES = {
+    "MLP, batch 128": mlp,
+    "MLP, batch 512": functools.partial(mlp, 512),
+    "CNN, batch 32": cnn,
+    "transformer, batch 16": transformer,
+}

@@ -13,7 +13,7 @@ from nnsanity._tree import in_float32, is_inexact
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree
 from nnsanity.tracing.layers import Located, Network, Uninspected, inspect
 from nnsanity.tracing.steps import Site
-from nnsanity.tracing.tap import Reading, Readings, Slots, Taps, evaluate
+from nnsanity.tracing.tap import Reading, Readings, Slots, Taps, evaluate, varied
 from nnsanity.units import dead_of, is_thresholded, never_active
 
 
@@ -232,14 +232,13 @@ def _only_if(when: Array, measure: Callable, values: Array) -> PyTree:
     shapes = jax.eval_shape(measure, values)
 
     def blank(values: Array) -> PyTree:
-        # False, and different on each device as what is measured is.
-        nothing = jnp.any((values != values) & False)
-        return jax.tree.map(
-            lambda one: jnp.zeros(one.shape, one.dtype) + nothing.astype(one.dtype),
-            shapes,
-        )
+        zeros = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
+        return varied(zeros, values)
 
-    return jax.lax.cond(when, measure, blank, values)
+    def measured(values: Array) -> PyTree:
+        return varied(measure(values), values)
+
+    return jax.lax.cond(when, measured, blank, values)
 
 
 @jax.custom_vjp

@@ -18,8 +18,10 @@ def run(source):
     return namespace
 
 
-def test_first_python_block_runs():
-    run(blocks(README.read_text(), "python")[0])
+def test_python_blocks_run_one_after_another():
+    found = blocks(README.read_text(), "python")
+    assert len(found) > 1
+    run("".join(found))
 
 
 def test_two_bash_blocks():

@@ -250,31 +250,26 @@ def _run_cond(
 
 
 def _filled(blank: Readings, readings: Readings, *, like: PyTree) -> Readings:
-    """Adds the places that were not run, and says which were.
-
-    Args:
-        blank: zeros for every place.
-        readings: of the places that were run.
-        like: what it was run on; under shard_map all branches have to differ from
-            device to device as this does.
-    """
-    nothing = functools.reduce(
-        jnp.logical_or,
-        [
-            jnp.any((leaf != leaf) & False)
-            for leaf in jax.tree.leaves(like)
-            if hasattr(leaf, "dtype")
-            and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
-        ],
-        jnp.zeros((), bool),
-    )
+    """Adds the places that were not run, and says which were."""
     found = {
         site: Reading(
             one.value, jnp.asarray(site in readings) if one.ran is None else one.ran
         )
         for site, one in (blank | readings).items()
     }
-    return jax.tree.map(lambda one: jnp.where(nothing, jnp.zeros_like(one), one), found)
+    return varied(found, like)
+
+
+def varied(tree: PyTree, like: PyTree) -> PyTree:
+    """Gives arrays the type of what differs from device to device as others do.
+
+    Under shard_map the branches of a condition have to agree in this.  Costs nothing.
+    """
+    nothing = jnp.zeros((), bool)
+    for leaf in jax.tree.leaves(like):
+        if not jax.dtypes.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):
+            nothing |= jnp.any((leaf != leaf) & False)
+    return jax.tree.map(lambda one: jnp.where(nothing, jnp.zeros_like(one), one), tree)
 
 
 def _run_while(

@@ -390,9 +390,9 @@ def assert_comes_back(uses, signals, grads):
     leaves = dict(zip(ns.leaf_names(grads), jax.tree.leaves(grads), strict=True))
     for name, use in uses.items():
         assert (name in rms) == (use.gradient != "unseen")
-        values = np.asarray(rms.get(name, 1.0))
-        back[use.leaf] += np.nansum(values)
         ran = ~np.isnan(signals.preactivation_rms[name])
+        values = np.asarray(rms.get(name, np.ones(ran.shape)))
+        back[use.leaf] += np.nansum(values)
         assert np.isfinite(values[ran & (name in rms)]).all()
         assert use.gradient != "stopped" or not values[ran].any()
     for leaf, total in back.items():

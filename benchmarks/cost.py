@@ -8,6 +8,8 @@ same turn; the step again shows the noise.
 
 import statistics
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,37 +75,48 @@ def of_watching(name, case):
     def watch(params, batch, when):
         return ns.value_and_grad(case.loss_fn, when=when)(params, batch)
 
-    steps = {
-        "jax again": (jax.value_and_grad(case.loss_fn),),
-        "watched": (ns.value_and_grad(case.loss_fn),),
-        "when, True": (watch, jnp.ones((), bool)),
-        "when, False": (watch, jnp.zeros((), bool)),
+    yes, no = jnp.ones((), bool), jnp.zeros((), bool)
+    plain = compiled(jax.value_and_grad(case.loss_fn), case)
+    again = compiled(jax.value_and_grad(case.loss_fn), case)
+    watched = compiled(ns.value_and_grad(case.loss_fn), case)
+    asked = compiled(watch, case, yes)
+    arguments = case.params, case.batch
+    calls = {
+        "jax again": (again, *arguments),
+        "watched": (watched, *arguments),
+        "when, True": (asked, *arguments, yes),
+        "when, False": (asked, *arguments, no),
     }
-    bare = compiled(jax.value_and_grad(case.loss_fn), case)
-    calls = {one: compiled(step, case, *more) for one, (step, *more) in steps.items()}
-    timed = {one: (call[0], *call[1]) for one, call in calls.items()}
-    found = ratios((bare[0], *bare[1]), timed)
-    print(
-        f"{name}, in units of jax.value_and_grad: run time, compile time, peak memory"
-    )
-    for one, (_, _, seconds_to_compile, peak) in calls.items():
-        compile_ratio, memory_ratio = seconds_to_compile / bare[2], peak / bare[3]
-        print(
-            f"  {one:12} {found[one]:6.3f} {compile_ratio:6.2f} {memory_ratio:6.3f}",
-            flush=True,
-        )
+    timed = {one: (step.run, *rest) for one, (step, *rest) in calls.items()}
+    found = ratios((plain.run, *arguments), timed)
+    print(f"{name}, in units of jax.value_and_grad: run, compile time, peak memory")
+    for one, (step, *_) in calls.items():
+        compile_time = step.compile_time / plain.compile_time
+        print(f"  {one:12} {found[one]:6.3f} {compile_time:6.2f}", end=" ")
+        print(f"{step.peak / plain.peak:6.3f}", flush=True)
+
+
+class Compiled(NamedTuple):
+    """A compiled step, and what it took to compile and takes to run."""
+
+    run: Callable
+    compile_time: float
+    peak: int
 
 
 def compiled(step, case, *more):
-    """The compiled step, its arguments, the time that took, and its memory."""
-    arguments = (case.params, case.batch, *more)
-    lowered = jax.jit(step).lower(*arguments)
+    """Compiles a step for the parameters and the batch of a network."""
+    lowered = jax.jit(step).lower(case.params, case.batch, *more)
     began = time.perf_counter()
-    result = lowered.compile()
+    run = lowered.compile()
     took = time.perf_counter() - began
-    memory = result.memory_analysis()
-    peak = memory.temp_size_in_bytes + memory.output_size_in_bytes
-    return result, arguments, took, peak + memory.argument_size_in_bytes
+    memory = run.memory_analysis()
+    sizes = (
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.temp_size_in_bytes,
+    )
+    return Compiled(run, took, sum(sizes))
 
 
 def main():

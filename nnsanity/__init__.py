@@ -1,6 +1,11 @@
 """nnsanity: finds out why a neural network does not train, in any JAX code."""
 
 from nnsanity._tree import leaf_names
+from nnsanity.checks.batch_size import (
+    NoiseScale,
+    example_gradient_norms,
+    gradient_noise_scale,
+)
 from nnsanity.checks.final_activation import Reachable, reachable
 from nnsanity.checks.gradients import (
     DeadUnits,
@@ -29,6 +34,7 @@ __all__ = [
     "GradientStats",
     "Layer",
     "Moments",
+    "NoiseScale",
     "Normalization",
     "Reachable",
     "Report",
@@ -38,7 +44,9 @@ __all__ = [
     "activations",
     "checkup",
     "dead_units",
+    "example_gradient_norms",
     "feature_moments",
+    "gradient_noise_scale",
     "gradient_stats",
     "layers",
     "leaf_names",

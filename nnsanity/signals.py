@@ -11,6 +11,7 @@ from jax.dtypes import float0
 
 from nnsanity._tree import in_float32, is_inexact
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree
+from nnsanity.tracing.compat import zeros_of
 from nnsanity.tracing.layers import Located, Network, Uninspected, inspect
 from nnsanity.tracing.steps import Site
 from nnsanity.tracing.tap import Reading, Readings, Slots, Taps, evaluate, varied
@@ -51,7 +52,8 @@ class Signals(NamedTuple):
     """What passed through the layers in one step, by layer name.
 
     Layers inside of a scan over layers are stacked: one more axis of its length.  Turns
-    of a loop with the same weights, such as time steps, count as more examples.
+    of a loop with the same weights, such as time steps, count as more examples.  What
+    the loss does with the outputs counts as the nonlinearity of the last layer.
 
     Attributes:
         preactivation_rms: float32[], root mean square of what enters the nonlinearity.
@@ -61,6 +63,8 @@ class Signals(NamedTuple):
         activation_gradient_rms: float32[], by what leaves it.
         dead: bool[units], units that a thresholding nonlinearity held at a flat end for
             every example; only layers that have one.
+        ran: bool[], only layers inside of a branch or a while loop: False where that
+            was not taken, then their numbers are 0.
         watched: bool[]; False where ``when`` was, then all the numbers are 0.
         uninspected: parameters that belong to no layer, and why.
     """
@@ -70,6 +74,7 @@ class Signals(NamedTuple):
     preactivation_gradient_rms: dict[str, Array]
     activation_gradient_rms: dict[str, Array]
     dead: dict[str, Array]
+    ran: dict[str, Array]
     watched: Array
     uninspected: Uninspected
 
@@ -86,11 +91,10 @@ def value_and_grad(
 
     Args:
         loss_fn: ``loss_fn(params, batch) -> scalar``; with ``has_aux`` it returns
-            ``(scalar, aux)``.  More arguments are passed on.
+            ``(scalar, aux)``.  More arguments, by position or by name, are passed on.
         has_aux: whether it returns a pair.
-        when: bool[], whether to look.  An array is asked in the compiled program, and a
-            step that is not watched costs what ``jax.value_and_grad`` does; both steps
-            are compiled.
+        when: bool[], whether to look.  An array is asked in the compiled program: at
+            every layer a branch leaves out the measuring where it is False.
 
     Returns:
         A function of ``(params, batch)`` that returns ``((loss, signals), grads)``;
@@ -117,8 +121,9 @@ def value_and_grad(
             f" step % 16 == 0, got {when!r}"
         )
 
-    def value_and_grad_fn(params: Params, *rest: PyTree) -> tuple:
-        network = inspect(loss_fn, params, *rest)
+    def value_and_grad_fn(params: Params, *rest: PyTree, **named: PyTree) -> tuple:
+        more, call = _arrays_and_the_rest(loss_fn, rest, named)
+        network = inspect(call, params, more)
         outputs = _checked_outputs(network.program.out_shape, has_aux=has_aux)
         leaves, structure = jax.tree.flatten(params)
         is_trained = [is_inexact(leaf) for leaf in leaves]
@@ -130,12 +135,13 @@ def value_and_grad(
                 next(given) if chosen else leaf
                 for leaf, chosen in zip(leaves, is_trained, strict=True)
             ]
-            arguments += jax.tree.leaves(rest)
+            arguments += more
             (loss, *aux), readings = evaluate(network.program, arguments, taps, slots)
             return loss, (aux, readings)
 
         trained = [leaf for leaf, one in zip(leaves, is_trained, strict=True) if one]
         differentiated = jax.value_and_grad(run, (0, 1), has_aux=True)
+        slots = varied(slots, (leaves, more))  # where this is a part of a shard_map
         (loss, (aux, readings)), (grads, backward) = differentiated(trained, slots)
         given = iter(grads)
         grads = [
@@ -149,13 +155,40 @@ def value_and_grad(
     return value_and_grad_fn
 
 
+def _arrays_and_the_rest(
+    loss_fn: Callable, rest: tuple, named: dict[str, Any]
+) -> tuple[list[Array], Callable]:
+    """Splits off the arrays; flags, functions and other numbers are not traced.
+
+    Returns:
+        The arrays, and ``call(params, arrays)``.
+    """
+    leaves, structure = jax.tree.flatten((rest, named))
+    is_array = [
+        isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves
+    ]
+
+    def call(params: Params, arrays: list[Array]) -> PyTree:
+        given = iter(arrays)
+        merged = [
+            next(given) if chosen else leaf
+            for leaf, chosen in zip(leaves, is_array, strict=True)
+        ]
+        rest, named = jax.tree.unflatten(structure, merged)
+        return loss_fn(params, *rest, **named)
+
+    chosen = zip(leaves, is_array, strict=True)
+    return [leaf for leaf, one in chosen if one], call
+
+
 def _checked_outputs(out_shape: Any, *, has_aux: bool) -> Any:
     """Returns the structure of what the loss function returns, if it is right."""
+    got = jax.tree.map(lambda one: f"{one.dtype}{list(one.shape)}", out_shape)
     is_pair = isinstance(out_shape, tuple) and len(out_shape) == 2
     if has_aux and not is_pair:
         raise ValueError(
-            "value_and_grad: with has_aux=True loss_fn must return (loss, aux), got"
-            f" {out_shape}"
+            f"value_and_grad: with has_aux=True loss_fn must return (loss, aux), got"
+            f" {got}"
         )
     loss = out_shape[0] if has_aux else out_shape
     shape = getattr(loss, "shape", None)
@@ -164,7 +197,7 @@ def _checked_outputs(out_shape: Any, *, has_aux: bool) -> Any:
         if isinstance(loss, tuple):
             hint = "; pass has_aux=True if it returns (loss, aux)"
         raise ValueError(
-            f"value_and_grad: loss_fn must return a floating-point scalar, got {loss}"
+            f"value_and_grad: loss_fn must return a floating-point scalar, got {got}"
             f"{hint}"
         )
     return jax.tree.structure(out_shape)
@@ -232,8 +265,7 @@ def _only_if(when: Array, measure: Callable, values: Array) -> PyTree:
     shapes = jax.eval_shape(measure, values)
 
     def blank(values: Array) -> PyTree:
-        zeros = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
-        return varied(zeros, values)
+        return varied(zeros_of(shapes), values)
 
     def measured(values: Array) -> PyTree:
         return varied(measure(values), values)
@@ -278,7 +310,7 @@ def _signals(
     gradients: Mapping[Site, Array],
     watched: Array,
 ) -> Signals:
-    signals = Signals({}, {}, {}, {}, {}, watched, _reasons(network))
+    signals = Signals({}, {}, {}, {}, {}, {}, watched, Uninspected.of(network))
     for one in network.layers:
         name, after = one.layer.name, network.site(one.after)
         for site, values, backward in (
@@ -295,23 +327,19 @@ def _signals(
             if site in gradients:
                 back = reading._replace(value=gradients[site])
                 backward[name] = _root(back, one, watched)
+        ran = readings[after].merged(one.shared, jnp.mean).ran
+        if ran is not None:
+            missing = (1,) * (len(one.stack) - ran.ndim)
+            ran = jnp.broadcast_to(ran.reshape(ran.shape + missing), one.layer.stack)
+            signals.ran[name] = ran & watched
         if is_thresholded(one):
             mask = readings[after]._replace(value=readings[after].value.dead)
             signals.dead[name] = dead_of(mask, one)
     return signals
 
 
-def _reasons(network: Network) -> Uninspected:
-    found = ((one.layer.name, network.without_gradient(one)) for one in network.layers)
-    return Uninspected(
-        (
-            *network.uninspected.items(),
-            *((f"gradient of {name}", reason) for name, reason in found if reason),
-        )
-    )
-
-
 def _root(squares: Reading, one: Located, watched: Array) -> Array:
-    """Joins turns with the same weights; NaN where a layer was not run."""
-    rms = jnp.sqrt(squares.merged(one.shared, jnp.mean).where_it_ran())
-    return jnp.where(watched, rms, 0)
+    """Joins turns with the same weights."""
+    merged = squares.merged(one.shared, jnp.mean)
+    is_seen = watched if merged.ran is None else watched & merged.ran
+    return jnp.where(is_seen, jnp.sqrt(merged.value), 0)

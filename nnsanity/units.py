@@ -29,7 +29,8 @@ def never_active(values: Array, *, one: Located) -> Array:
     distances = [jnp.abs(values - jnp.asarray(f, values.dtype)) for f in flat_values]
     distance = functools.reduce(jnp.minimum, distances)
     others = tuple(axis for axis in range(values.ndim) if axis not in one.unit_axes)
-    furthest = jnp.max(distance, axis=others, initial=0)
+    seen = 0 if values.size else 1  # without examples no unit is dead
+    furthest = jnp.max(distance, axis=others, initial=seen)
     # A flattened image has each channel once for every position.
     return jnp.all((furthest == 0).reshape(-1, one.layer.units), axis=0)
 

@@ -5,6 +5,8 @@ import optax
 import pytest
 
 import nnsanity as ns
+from nnsanity.problem import checked_problem
+from nnsanity.repairs import available_repairs
 
 RNG = np.random.default_rng(0)
 INPUTS = RNG.normal(size=(200, 4)).astype(np.float32)
@@ -172,3 +174,24 @@ def test_three_mistakes_at_once():
     assert "final-activation/unreachable-targets" in rules
     assert any(one.rule.startswith("learning-rate/") for one in found)
     assert any("With the other repairs in place" in one.message for one in found)
+
+
+@pytest.mark.parametrize(("rate", "num_found"), [(0.5, 1), (0.0, 0)])
+def test_no_noise_is_left_out_where_there_is_none(rate, num_found):
+    """As with batch statistics, whose training loss differs for another reason."""
+    apply_fn = network()
+    problem = checked_problem(
+        apply_fn,
+        squared_error(apply_fn),
+        PARAMS,
+        (INPUTS, NUMBERS.astype(np.float32)),
+        key=jax.random.key(0),
+        optimizer=optax.adam(1e-3),
+        batch_size=32,
+        num_steps=10,
+        train_loss_fn=with_dropout(rate),
+        validation=None,
+        groups=None,
+    )
+    groups = [one.group for one in available_repairs(problem)]
+    assert groups.count("noise") == num_found

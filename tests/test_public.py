@@ -29,7 +29,20 @@ def apply_fn(params, x):
     return jax.nn.relu(x @ params["w1"] + params["b1"]) @ params["w2"]
 
 
+def loss_fn(params, x):
+    return jnp.mean(jnp.tanh(apply_fn(params, x)))
+
+
 PUBLIC = {
+    "value_and_grad": (ns.value_and_grad(loss_fn), (PARAMS, INPUTS)),
+    "example_gradient_norms": (
+        lambda p, x: ns.example_gradient_norms(loss_fn, p, x),
+        (PARAMS, INPUTS),
+    ),
+    "gradient_noise_scale": (
+        lambda p, x: ns.gradient_noise_scale(loss_fn, p, x, num_microbatches=8),
+        (PARAMS, INPUTS),
+    ),
     "activations": (lambda p, x: ns.activations(apply_fn, p, x), (PARAMS, INPUTS)),
     "dead_units": (lambda p, x: ns.dead_units(apply_fn, p, x), (PARAMS, INPUTS)),
     "weight_stats": (lambda p, x: ns.weight_stats(apply_fn, p, x), (PARAMS, INPUTS)),

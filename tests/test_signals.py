@@ -65,7 +65,8 @@ def test_numbers_are_those_of_taps_by_hand():
     assert signals.dead.keys() == {"w1"}
     np.testing.assert_array_equal(signals.dead["w1"], [False, True, False, False])
     assert bool(signals.watched)
-    assert signals.uninspected.reasons == ()
+    assert signals.uninspected == ns.Uninspected()
+    assert signals.ran == {}
 
 
 @pytest.mark.parametrize("when", [True, False])
@@ -102,6 +103,19 @@ def test_aux_more_arguments_and_leaves_that_are_no_numbers():
     assert_equal(grads["net"], jax.tree.map(lambda one: 2 * one, gradients))
     assert grads["step"].dtype == jax.dtypes.float0
     assert signals.dead.keys() == {"net/w1"}
+
+
+def test_flags_functions_and_names_are_passed_on_as_they_are():
+    def flagged(params, batch, is_halved, reduce, *, power=1):
+        outputs = network(params, batch[0])[0] - batch[1]
+        loss = reduce(outputs**power)
+        return loss / 2 if is_halved else loss
+
+    watch = ns.value_and_grad(flagged)
+    (loss, _), grads = watch(PARAMS, BATCH, True, jnp.mean, power=2)
+    expected, plain = jax.value_and_grad(loss_fn)(PARAMS, BATCH)
+    assert_equal(loss, expected / 2)
+    assert_equal(grads, jax.tree.map(lambda one: one / 2, plain))
 
 
 def test_a_loss_that_closes_over_its_batch_and_key():
@@ -216,10 +230,11 @@ def test_what_has_no_gradient_is_said():
     (_, signals), _ = ns.value_and_grad(loss)(params, BATCH)
     assert "square" in signals.dead
     assert "square" not in signals.preactivation_gradient_rms
-    reasons = dict(signals.uninspected.reasons)
-    assert reasons.keys() == {"unused", "gradient of square"}
-    assert "while" in reasons["gradient of square"]
-    assert "not used" in reasons["unused"]
+    ((name, reason),) = signals.uninspected.gradients
+    assert name == "square"
+    assert "while" in reason
+    assert signals.uninspected.parameters == (("unused", "not used"),)
+    assert bool(signals.ran["square"])
 
 
 @pytest.mark.parametrize(
@@ -253,16 +268,69 @@ def test_mistakes_are_named(change, error, words):
         change()
 
 
-@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+NEEDS_DEVICES = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+P = jax.sharding.PartitionSpec
+
+
+def mesh_of(kind, *names, shape=(4,)):
+    types = (getattr(jax.sharding.AxisType, kind),) * len(names)
+    return jax.make_mesh(shape, names, axis_types=types)
+
+
+@NEEDS_DEVICES
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_the_same_sharded(kind):
-    types = (getattr(jax.sharding.AxisType, kind),)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=types)
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params, batch = jax.device_put(PARAMS, everywhere), jax.device_put(BATCH, rows)
-    watch = jax.jit(ns.value_and_grad(loss_fn))
+@pytest.mark.parametrize("split", ["batch", "units"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_same_sharded(kind, split, asked):
+    mesh = mesh_of(kind, "axis")
+    specs = {"b1": P("axis"), "w1": P(None, "axis"), "w2": P("axis", None)}
+    specs = {name: P() for name in specs} if split == "batch" else specs
+    rows = P("axis") if split == "batch" else P()
+
+    def put(tree, spec):
+        return jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
+
+    params = {name: put(leaf, specs[name]) for name, leaf in PARAMS.items()}
+    batch = put(BATCH, rows)
+
+    def hidden_loss(params, batch):
+        return jnp.mean(jax.nn.relu(batch[0] @ params["w1"] + params["b1"]) ** 2)
+
+    @jax.jit
+    def watch(params, batch, when):
+        fn = loss_fn if split == "batch" else hidden_loss
+        return ns.value_and_grad(fn, when=when if asked else True)(params, batch)
+
+    yes = jnp.ones((), bool)
     with jax.set_mesh(mesh):
-        assert_equal(watch(params, batch), watch(PARAMS, BATCH))
-        text = watch.lower(params, batch).compile().as_text()
+        assert_equal(watch(params, batch, yes), watch(PARAMS, BATCH, yes), rtol=1e-4)
+        text = watch.lower(params, batch, yes).compile().as_text()
     assert "all-gather" not in text
+
+
+@NEEDS_DEVICES
+@pytest.mark.parametrize("asked", [False, True])
+def test_as_a_part_of_a_data_parallel_step(asked):
+    mesh = mesh_of("Auto", "data")
+    rows = P("data")
+
+    def step(params, batch, when):
+        watch = ns.value_and_grad(loss_fn, when=when if asked else True)
+        (loss, signals), grads = watch(params, batch)
+        plain = jax.value_and_grad(loss_fn)(params, batch)
+        both = jax.tree.map(
+            lambda one: jax.lax.pmean(one, "data"), ((loss, grads), plain)
+        )
+        return both, jax.tree.map(lambda one: one[None], signals)
+
+    on_devices = jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=(P(), rows, P()), out_specs=(P(), rows))
+    )
+    (found, plain), signals = on_devices(PARAMS, BATCH, jnp.ones((), bool))
+    assert_equal(found, plain)
+    second = jax.tree.map(lambda one: one[4:8], BATCH)
+    (_, expected), _ = ns.value_and_grad(loss_fn)(PARAMS, second)
+    own = jax.tree.map(lambda one: one[1], signals)
+    assert_equal(own.activation_rms, expected.activation_rms)
+    back = own.preactivation_gradient_rms
+    assert_equal(back, expected.preactivation_gradient_rms)

@@ -84,7 +84,8 @@ def weight_stats(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> WeightSta
         _pooled(readings[network.site(one.before)], one) for one in network.layers
     ]
     signal, spread = (jnp.stack(column) for column in zip(*signals, strict=True))
-    return WeightStats(deviation, deviation * jnp.sqrt(fans), signal, spread)
+    columns = (deviation, deviation * jnp.sqrt(fans), signal, spread)
+    return WeightStats(*(column.astype(jnp.float32) for column in columns))
 
 
 def _pooled(reading: Reading, one: Located) -> tuple[Array, Array]:

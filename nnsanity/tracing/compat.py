@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import source_info_util
 from jax.sharding import PartitionSpec, Sharding
 
@@ -138,6 +139,19 @@ def placed(values: Sequence[Any], shardings: Sequence[Any] | None) -> list:
     ]
 
 
+def zeros_of(shapes: Any) -> Any:
+    """Makes zeros of what ``jax.eval_shape`` said; explicit shardings are kept."""
+    explicit = jax.sharding.AxisType.Explicit
+
+    def zeros(one: jax.ShapeDtypeStruct) -> jax.Array:
+        sharding = getattr(one, "sharding", None)
+        mesh = getattr(sharding, "mesh", None)
+        is_kept = mesh is not None and explicit in mesh.axis_types
+        return jnp.zeros(one.shape, one.dtype, device=sharding if is_kept else None)
+
+    return jax.tree.map(zeros, shapes)
+
+
 def is_literal(atom: Atom) -> bool:
     """Tells a literal from a variable."""
     return hasattr(atom, "val")
@@ -152,6 +166,11 @@ def bind(eqn: Equation, values: Sequence[Any]) -> list:
     else:
         results = eqn.primitive.bind(*values, **arguments)
     return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def scope(eqn: Equation) -> str:
+    """Returns the name scope of an equation in its jaxpr, as profilers show it."""
+    return str(getattr(eqn.source_info, "name_stack", ""))
 
 
 def source_line(eqn: Equation) -> str:

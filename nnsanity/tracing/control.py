@@ -37,7 +37,7 @@ class Body(NamedTuple):
         feedback: its inputs that are an output of the turn before, by that output.
         axes: that its values get on their way out.
         varies: for each input the axes along which it differs by itself.
-        has_gradient: gradients come back through it.
+        no_gradient: why no whole gradient comes back through it; empty where one does.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class Body(NamedTuple):
     feedback: Mapping[int, int] = {}
     axes: tuple[Axis, ...] = ()
     varies: tuple[frozenset[Axis], ...] = ()
-    has_gradient: bool = True
+    no_gradient: str = ""
 
 
 def bodies(eqn: Equation, path: Path) -> tuple[Body, ...]:
@@ -104,7 +104,7 @@ def _while(eqn: Equation, path: Path) -> tuple[Body, ...]:
             results=tuple(range(num_carried)),
             feedback={num_consts + index: index for index in range(num_carried)},
             varies=(frozenset(),) * len(jaxpr.invars),
-            has_gradient=False,
+            no_gradient="inside of a while loop, through which no gradient comes back",
         ),
     )
 
@@ -138,6 +138,9 @@ def _shard_map(eqn: Equation, path: Path) -> tuple[Body, ...]:
                 frozenset(axis for axis in axes if axis.name in _mentioned(spec))
                 for spec in eqn.params["in_specs"]
             ),
+            no_gradient=""
+            if eqn.params["check_vma"]
+            else "inside of a shard_map without check_vma: each device has a part",
         ),
     )
 

@@ -37,6 +37,9 @@ def weight_geometry(steps: Steps, step: Step) -> Geometry | None:
         return None
     first, second, *others = step.inputs
     pairs = [(0, first, second), (1, second, first)]
+    is_inner = step.path in steps.inner_layers
+    if is_inner:  # both may be weights; the second is what is usually learned
+        pairs.reverse()
     if step.eqn.primitive.name in LOOK_UPS:  # of one index among several
         pairs = [(0, first, other) for other in (second, *others)]
     for position, weight, operand in pairs:
@@ -47,7 +50,7 @@ def weight_geometry(steps: Steps, step: Step) -> Geometry | None:
             step.eqn, by_data=met.data
         ):
             continue
-        if met.data or (met.other and not met.parameters):
+        if is_inner or met.data or (met.other and not met.parameters):
             return rule(steps, step.eqn, position, weight, operand)
     return None
 

@@ -20,8 +20,9 @@ from nnsanity.tracing.chains import Chains, Stage, all_operations
 from nnsanity.tracing.compat import Program
 from nnsanity.tracing.control import Axis
 from nnsanity.tracing.geometry import weight_geometry
+from nnsanity.tracing.opening import open_up
 from nnsanity.tracing.operations import CONTRACTIONS, STRUCTURAL, operations
-from nnsanity.tracing.steps import Site, Step, Steps, open_up
+from nnsanity.tracing.steps import Site, Step, Steps
 
 
 class Layer(NamedTuple):
@@ -135,8 +136,9 @@ class Network(NamedTuple):
         bodies = [self.steps.bodies.get(prefix) for prefix in around]
         if not self.steps.own_derivative.isdisjoint(around):
             return "inside of a function whose derivative was written by hand"
-        if any(body is not None and not body.has_gradient for body in bodies):
-            return "inside of a while loop, through which no gradient comes back"
+        for body in bodies:
+            if body is not None and body.no_gradient:
+                return body.no_gradient
         if not is_inexact(self.steps.avals[one.start]):
             return "its output is not floating-point"
         return None
@@ -150,16 +152,24 @@ class Uninspected:
     It has no leaves, so that it passes through ``jit``, ``vmap`` and ``scan``.
 
     Attributes:
-        reasons: name and reason of each floating-point parameter that belongs to no
+        parameters: name and reason of each floating-point parameter that belongs to no
             layer.
+        gradients: name and reason of each layer whose gradient does not show.
     """
 
-    reasons: tuple[tuple[str, str], ...] = ()
+    parameters: tuple[tuple[str, str], ...] = ()
+    gradients: tuple[tuple[str, str], ...] = ()
 
     @staticmethod
     def of(network: Network) -> "Uninspected":
         """Says it of a network."""
-        return Uninspected(tuple(network.uninspected.items()))
+        found = (
+            (one.layer.name, network.without_gradient(one)) for one in network.layers
+        )
+        return Uninspected(
+            tuple(network.uninspected.items()),
+            tuple((name, reason) for name, reason in found if reason),
+        )
 
 
 def layers(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> tuple[Layer, ...]:
@@ -316,14 +326,16 @@ def _is_scaling(steps: Steps, stage: Stage) -> bool:
 
 def _named(located: list[Located], names: tuple[str, ...]) -> tuple[Located, ...]:
     parents = {one.weight: _parent(names[one.weight]) for one in located}
-    named, counts = [], Counter[str]()
+    named, counts, taken = [], Counter[str](), set[str]()
     for one in located:
         parent = parents[one.weight]
         below = [leaf for leaf in parents if f"{names[leaf]}/".startswith(f"{parent}/")]
         name = parent if parent and len(below) == 1 else names[one.weight]
-        counts[name] += 1
-        if counts[name] > 1:
-            name = f"{name}#{counts[name]}"
+        plain = name
+        counts[plain] += 1
+        while counts[plain] > 1 and (name := f"{plain}#{counts[plain]}") in taken:
+            counts[plain] += 1
+        taken.add(name)
         named.append(one._replace(layer=one.layer._replace(name=name)))
     return tuple(named)
 

@@ -44,6 +44,14 @@ ELEMENTWISE = STRUCTURAL | frozenset(
 """Operations whose every output element depends on one element of each operand."""
 
 
+ACTIVATING = frozenset(
+    {
+        *("max", "min", "clamp", "tanh", "logistic", "erf", "exp", "sin", "cos"),
+        *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+    }
+)
+"""Operations that make a layer of the product before them."""
+
 LOOK_UPS = frozenset({"gather", "dynamic_slice"})
 """Operations that pick rows of their first operand."""
 

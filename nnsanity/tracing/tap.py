@@ -146,7 +146,8 @@ def _run(
             results, more = _run_inside(run, eqn, operands, here, below)
             readings |= more
         else:
-            results = compat.bind(eqn, operands)
+            with jax.named_scope(compat.scope(eqn)):
+                results = compat.bind(eqn, operands)
         results = _tapped(run, results, here, slots, readings)
         values |= dict(zip(eqn.outvars, results, strict=True))
     return [value_of(atom) for atom in body.jaxpr.outvars], readings
@@ -237,7 +238,7 @@ def _run_cond(
     blank: Readings = {}
     for body in inside:
         _, readings = jax.eval_shape(functools.partial(_run, run, body), others, slots)
-        blank |= jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), readings)
+        blank |= compat.zeros_of(readings)
 
     def branch(body: Body) -> Callable:
         def run_branch(operands: list, slots: Slots) -> tuple[list, Readings]:
@@ -282,7 +283,7 @@ def _run_while(
     init = operands[num_test + num_body :]
     test = Body((*body.path, ARGUMENTS), *compat.opened(eqn.params["cond_jaxpr"]))
     _, shapes = jax.eval_shape(lambda: _run(run, body, [*consts, *init], {}))
-    blank = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
+    blank = compat.zeros_of(shapes)
     blank = _filled(blank, {}, like=operands)
 
     def test_of(carry: list) -> Array:

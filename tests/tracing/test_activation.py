@@ -88,7 +88,7 @@ def test_names(name, nonlinearity):
         (jax.nn.relu6, (0, 6)),
         (jax.nn.hard_swish, (0,)),
         (lambda x: jnp.maximum(jnp.minimum(x, 1), -1), (-1, 1)),
-        (lambda x: x > 0, (0, 1)),
+        (lambda x: (x > 0).astype(x.dtype), (0, 1)),
         (jnp.sign, (-1, 1)),
         (jax.nn.gelu, ()),
         (jax.nn.silu, ()),

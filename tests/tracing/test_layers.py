@@ -83,6 +83,60 @@ def test_names(case):
     assert [one.name for one in ns.layers(jax.jit(apply_fn), params, X)] == expected
 
 
+def implicit_filter(p, x):
+    """Weights that a network makes of positions."""
+    positions = jnp.linspace(0, 1, 3)[:, None]
+    return x @ (jax.nn.relu(positions @ p["w1"] - 100) @ p["w2"])
+
+
+def learned_queries(p, x):
+    queries = p["q"] + jax.nn.relu(p["q"] @ p["up"] - 100) @ p["down"]
+    return jax.nn.softmax(queries @ p["wq"] @ (x @ p["wk"]).T) @ x
+
+
+def hypernetwork(p, x):
+    return x @ (jax.nn.relu(p["z"] @ p["w1"] - 100) @ p["w2"])
+
+
+def merged_pair(p, x):
+    return jax.nn.relu(x @ (p["w"] + p["down"] @ p["up"]) - 100)
+
+
+def weight_norm(p, x):
+    norms = jnp.sqrt(jnp.einsum("ij,ij->j", p["w"], p["w"]))
+    return jax.nn.relu(x @ (p["w"] / norms) - 100)
+
+
+@pytest.mark.parametrize(
+    ("apply_fn", "leaves", "names", "dead", "alone"),
+    [
+        (implicit_filter, "w1:1,5 w2:5,3", "w1 w2", "w1", ""),
+        (learned_queries, "q up down wq wk", "up down wk wq", "up", ""),
+        (hypernetwork, "z w1:3,5 w2:5,3", "w1 w2", "w1", "z"),
+        (merged_pair, "w down:3,1 up:1,3", "w", "w", ""),
+        (weight_norm, "w", "w", "w", ""),
+    ],
+)
+def test_networks_that_make_weights(apply_fn, leaves, names, dead, alone):
+    shapes = dict(f"{leaf}:3,3".split(":")[:2] for leaf in leaves.split())
+    params = {
+        name: jax.random.normal(KEY, tuple(map(int, shape.split(","))))
+        for name, shape in shapes.items()
+    }
+    network = inspect(apply_fn, params, X)
+    assert {one.layer.name for one in network.layers} == set(names.split())
+    found = ns.dead_units(apply_fn, params, X)
+    assert list(found.dead) == [dead]
+    assert bool(found.dead[dead].all())
+    assert list(network.uninspected) == alone.split()
+
+
+def test_a_parameter_that_is_called_like_a_second_use():
+    params = {"w": W, "w#2": W}
+    found = ns.layers(lambda p, x: x @ p["w#2"] @ p["w"] @ p["w"], params, X)
+    assert [one.name for one in found] == ["w#2", "w", "w#3"]
+
+
 SEQUENCE = jnp.ones((2, 5, 4))
 PICTURES = jnp.ones((2, 8, 8, 4))
 GEOMETRY = [  # kind, fan_in, fan_out, units, by hand

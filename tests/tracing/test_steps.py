@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from nnsanity.tracing.compat import trace
-from nnsanity.tracing.steps import ARGUMENTS, Origin, Site, open_up
+from nnsanity.tracing.opening import open_up
+from nnsanity.tracing.steps import ARGUMENTS, Origin, Site
 from tests.tracing.programs import WRAPPED, relu_with_own_gradient
 
 PARAMS = {"b": jnp.ones(4), "w": jnp.ones((3, 4))}

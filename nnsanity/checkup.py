@@ -27,6 +27,7 @@ from nnsanity.measure import (
     measure_network,
     output_size,
     some_examples,
+    training_noise,
     wants_other_units,
 )
 from nnsanity.moments import feature_moments
@@ -192,6 +193,12 @@ def _read(problem: Problem, book: _Book) -> None:
         book.skipped[f"parameters {listed(names)}"] = reason
     if not problem.network.layers:
         book.skipped["layers"] = "no weight meets the inputs in a product or look-up"
+    if training_noise(problem).differs:
+        book.skipped["batch statistics"] = (
+            "the training loss differs from loss_fn, and not by noise. Running"
+            " statistics stay as they are here while the network trains: let apply_fn"
+            " and loss_fn use those of the batch, or trust no verdict of the trial"
+        )
     if problem.kind is not None and problem.head is None:
         book.skipped["the last layer"] = (
             "its output is changed before it is returned, so that it can't be replaced;"

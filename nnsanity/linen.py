@@ -34,9 +34,10 @@ def functional(
     The usual flags (``TRAINING``) set the mode where ``__call__`` takes them or the
     module itself has them as attributes; a module without any is called as it is.
     Collections other than ``"params"`` are constants: what the module writes there is
-    thrown away, so that running statistics stay as they are while the parameters move.
-    Costs nothing but the calls; a module that writes in evaluation mode
-    too is traced twice there.
+    thrown away.  So running statistics stay as they are while the parameters train; for
+    a checkup of a network with batch normalization let both modes use those of the
+    batch, ``evaluation={"train": True}`` or as its flag is called.  Costs nothing but
+    the calls; a module that writes in evaluation mode too is traced twice there.
 
     Args:
         module: an instance, not bound to variables.

@@ -70,6 +70,34 @@ def _measure(
     )
 
 
+class TrainingNoise(NamedTuple):
+    """What sets the training loss apart.
+
+    Attributes:
+        varies: it differs from key to key.
+        differs: it differs from ``loss_fn`` for another reason, as that of a network
+            does that normalizes with the statistics of its batch.
+    """
+
+    varies: bool
+    differs: bool
+
+
+def training_noise(problem: Problem) -> TrainingNoise:
+    """Compares the training loss of several keys, and with ``loss_fn``."""
+    if problem.train_loss_fn is None:
+        return TrainingNoise(varies=False, differs=False)
+    batch = problem.batch(slice(problem.batch_size))
+    train_loss_fn, keys = jax.jit(problem.train_loss_fn), jax.random.key(0)
+    losses = [
+        float(train_loss_fn(problem.params, batch, key))
+        for key in jax.random.split(keys, 4)
+    ]
+    plain = float(jax.jit(problem.loss_fn)(problem.params, batch))
+    varies = len(set(losses)) > 1
+    return TrainingNoise(varies, not varies and not np.isclose(losses[0], plain, 1e-4))
+
+
 def output_size(problem: Problem, inputs: PyTree) -> float:
     """Returns the root mean square of what the network puts out."""
     outputs = jax.jit(problem.apply_fn)(problem.params, inputs)

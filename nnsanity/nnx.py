@@ -19,7 +19,8 @@ def functional(
     ``model.train()`` and by the usual flags (``train``, ``deterministic``, ...) that
     the call takes: the caller's model keeps its mode, its statistics and its random
     state.  In training mode the key is mixed into every random stream, and ``rngs`` is
-    passed to a call that takes it.  Costs nothing but the calls.
+    passed to a call that takes it.  Costs nothing but the calls.  Running statistics
+    stay as they are; see ``nnsanity.linen.functional``.
 
     Args:
         model: an instance.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnsanity._types import Array, TrainLossFn
+from nnsanity._types import Array
 from nnsanity.checks import (
     batch_size,
     depth,
@@ -21,6 +21,7 @@ from nnsanity.checks import (
 )
 from nnsanity.copies import HEAD_LEFT_OUT, HEAD_SQUASHED, OFF, ON, Copy
 from nnsanity.findings import Finding
+from nnsanity.measure import training_noise
 from nnsanity.problem import Problem
 from nnsanity.tracing.layers import inspect
 from nnsanity.tracing.replace import penalties
@@ -236,7 +237,7 @@ def _hidden_repairs(problem: Problem) -> tuple[Repair, ...]:
 
 def _regularization_repairs(problem: Problem) -> tuple[Repair, ...]:
     repairs = []
-    if problem.train_loss_fn is not None and _has_noise(problem, problem.train_loss_fn):
+    if training_noise(problem).varies:
         repairs.append(
             Repair(
                 "training without the noise",
@@ -260,15 +261,6 @@ def _regularization_repairs(problem: Problem) -> tuple[Repair, ...]:
             )
         )
     return tuple(repairs)
-
-
-def _has_noise(problem: Problem, train_loss_fn: TrainLossFn) -> bool:
-    """Tells noise from what is only other in training, such as batch statistics."""
-    batch = problem.batch(slice(problem.batch_size))
-    keys = jax.random.split(jax.random.key(0), 4)
-    loss_fn = jax.jit(train_loss_fn)
-    losses = [float(loss_fn(problem.params, batch, key)) for key in keys]
-    return len(set(losses)) > 1
 
 
 def _batch_repairs(problem: Problem) -> tuple[Repair, ...]:

@@ -5,6 +5,7 @@ import optax
 import pytest
 
 import nnsanity as ns
+from nnsanity.measure import training_noise
 from nnsanity.problem import checked_problem
 from nnsanity.repairs import available_repairs
 
@@ -176,9 +177,24 @@ def test_three_mistakes_at_once():
     assert any("With the other repairs in place" in one.message for one in found)
 
 
-@pytest.mark.parametrize(("rate", "num_found"), [(0.5, 1), (0.0, 0)])
-def test_no_noise_is_left_out_where_there_is_none(rate, num_found):
-    """As with batch statistics, whose training loss differs for another reason."""
+def with_batch_statistics(params, batch, key):
+    del key
+    hidden, last = params
+    x = batch[0] @ hidden["w"] + hidden["b"]
+    x = jax.nn.relu((x - x.mean(0)) / x.std(0))
+    return jnp.mean((x @ last["w"] + last["b"] - batch[1]) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("train_loss_fn", "varies", "differs"),
+    [
+        (with_dropout(0.5), True, False),
+        (with_dropout(0.0), False, False),
+        (with_batch_statistics, False, True),
+        (None, False, False),
+    ],
+)
+def test_no_noise_is_left_out_where_there_is_none(train_loss_fn, varies, differs):
     apply_fn = network()
     problem = checked_problem(
         apply_fn,
@@ -189,9 +205,10 @@ def test_no_noise_is_left_out_where_there_is_none(rate, num_found):
         optimizer=optax.adam(1e-3),
         batch_size=32,
         num_steps=10,
-        train_loss_fn=with_dropout(rate),
+        train_loss_fn=train_loss_fn,
         validation=None,
         groups=None,
     )
     groups = [one.group for one in available_repairs(problem)]
-    assert groups.count("noise") == num_found
+    assert groups.count("noise") == varies
+    assert training_noise(problem) == (varies, differs)

@@ -14,11 +14,15 @@ from nnsanity.checks.gradients import (
     gradient_stats,
 )
 from nnsanity.checks.initialization import WeightStats, weight_stats
+from nnsanity.checks.learning_rate import LRRange, LRSweep, lr_range, lr_sweep
 from nnsanity.checks.normalization import Normalization, normalization
 from nnsanity.checkup import checkup
+from nnsanity.curvature import Sharpness, sharpness
 from nnsanity.findings import DiagnosisError, Finding
 from nnsanity.lint import lint
 from nnsanity.moments import Moments, feature_moments, merge_moments, z_scores
+from nnsanity.monitor.state import MonitorState
+from nnsanity.monitor.watch import Monitor, monitor
 from nnsanity.report import Report
 from nnsanity.signals import Signals, activations, value_and_grad
 from nnsanity.tracing.bounds import Bounds, output_bounds
@@ -32,12 +36,17 @@ __all__ = [
     "DiagnosisError",
     "Finding",
     "GradientStats",
+    "LRRange",
+    "LRSweep",
     "Layer",
     "Moments",
+    "Monitor",
+    "MonitorState",
     "NoiseScale",
     "Normalization",
     "Reachable",
     "Report",
+    "Sharpness",
     "Signals",
     "Uninspected",
     "WeightStats",
@@ -51,10 +60,14 @@ __all__ = [
     "layers",
     "leaf_names",
     "lint",
+    "lr_range",
+    "lr_sweep",
     "merge_moments",
+    "monitor",
     "normalization",
     "output_bounds",
     "reachable",
+    "sharpness",
     "value_and_grad",
     "weight_stats",
     "z_scores",

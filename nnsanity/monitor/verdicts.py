@@ -1,0 +1,264 @@
+"""Judges the state of a monitor: what went wrong, in which step and where."""
+
+import math
+
+import numpy as np
+
+from nnsanity.checks.gradients import DEAD_LIMIT, VANISHING_LIMIT
+from nnsanity.findings import Finding, listed, number
+from nnsanity.monitor.state import MonitorState, Names
+
+RATIO_LIMIT = 0.1
+"""Healthy |update| / |parameter|: a hundred times Karpathy's usual 1e-3."""
+GROWTH_LIMIT = 10.0
+"""Healthy |update| over its own average before a spike.  At one rate Adam's own updates
+grow to (1 - 0.9) / sqrt(1 - 0.999) = 3.2 times the rate."""
+SPIKE_LENGTH = 3
+"""Steps in a row that a spike takes: single hard batches are none.  Starting value."""
+LOST_SHARE = 0.1
+"""Share of what a run had gained that it may lose again.  Starting value."""
+SETTLED = 100
+"""Watched steps after which averages by leaf are judged."""
+
+
+def judge_monitor(
+    state: MonitorState, names: Names, *, every: int, window: int
+) -> tuple[Finding, ...]:
+    """Says what went wrong, causes first.
+
+    Args:
+        state: on the host.
+        names: of leaves and layers.
+        every: steps from one look to the next.
+        window: looks without activity after which a unit counts as dead.
+    """
+    return (
+        *_too_high(state, names),
+        *_nonfinite(state, names, every),
+        *_dead_units(state, names, every, window),
+        *_vanishing(state, names),
+    )
+
+
+def _has_lost(state: MonitorState) -> bool:
+    """Tells whether the loss stands well above its best, or is no number."""
+    gained = max(float(state.loss_start - state.lowest_average), 0)
+    best = float(state.lowest_average) + LOST_SHARE * gained
+    is_back = bool(np.isfinite(state.loss)) and float(state.loss_average) <= best
+    return not is_back
+
+
+def _too_high(state: MonitorState, names: Names) -> list[Finding]:
+    spike = state.spike
+    if spike.length >= SPIKE_LENGTH and spike.growth > GROWTH_LIMIT:
+        return [_spike(state, names)]
+    if state.num_watched < SETTLED and np.isfinite(state.loss):
+        return []
+    ratio = _usual_ratio(state, names)
+    if ratio <= RATIO_LIMIT or not _has_lost(state):
+        return []
+    largest = max(names.weights, key=lambda leaf: state.update_ratio[leaf])
+    return [
+        Finding(
+            "learning-rate/too-high",
+            6,
+            "warning",
+            names.leaves[largest][0],
+            ratio,
+            RATIO_LIMIT,
+            f"Up to step {state.step - 1} an update moved half of the weights by more"
+            f" than {number(ratio)} of their own size, where 0.001 is usual, and the"
+            f" loss is at {number(float(state.loss))} after an average of"
+            f" {number(float(state.lowest_average))} at step {state.lowest_step}.",
+            "Divide the learning rate by 10 until the loss falls steadily.",
+        )
+    ]
+
+
+def _usual_ratio(state: MonitorState, names: Names) -> float:
+    """Median over the weights: biases and what starts at zero move far at first."""
+    ratios = state.update_ratio[list(names.weights)]
+    return float(np.median(ratios)) if ratios.size else 0.0
+
+
+def _spike(state: MonitorState, names: Names) -> Finding:
+    spike, growth = state.spike, float(state.spike.growth)
+    name = names.leaves[int(spike.leaf)][0]
+    lost = _has_lost(state)
+    now = f"it is now at {number(float(state.loss))}"
+    return Finding(
+        "learning-rate/too-high",
+        6,
+        "warning" if lost else "info",
+        name,
+        growth,
+        GROWTH_LIMIT,
+        f"The loss spiked at step {spike.step}, above {number(float(spike.level))},"
+        f" after the update of {name} had grown to {number(growth)} times its average;"
+        f" {now if lost else 'it has come back since'}.",
+        f"Look at what the learning rate did before step {spike.step}: lower it there,"
+        " or warm it up more slowly after a restart.",
+    )
+
+
+def _nonfinite(state: MonitorState, names: Names, every: int) -> list[Finding]:
+    bad = state.nonfinite
+    if bad.step < 0:
+        return []
+    leaves = [name for name, _ in names.leaves]
+    gradients, updates, parameters = (
+        [name for name, one in zip(leaves, flags, strict=True) if one]
+        for flags in (bad.gradients, bad.updates, bad.parameters)
+    )
+    rows = [
+        row for (row, _), one in zip(names.rows, bad.activations, strict=True) if one
+    ]
+    rule, item = ("results", 2) if bad.loss else ("gradients", 8)
+    seen = [
+        *(["the loss"] if bad.loss else []),
+        *([f"the activations from {rows[0]} on ({len(rows)} layers)"] if rows else []),
+        *_counted("gradients", gradients, leaves),
+        *_counted("updates", updates, leaves),
+    ]
+    words = f"NaN, infinite or beyond 1e19 first in step {bad.step}: {'; '.join(seen)}."
+    if not bad.watched:
+        words += f" Nothing but the loss was looked at in that step (every={every})."
+    elif parameters:
+        words += f" So were {len(parameters)} parameters ({listed(parameters)})."
+    else:
+        words += " The parameters were still finite."
+    if _rose_before(state):
+        words += (
+            f" The loss had been above {number(float(state.spike.level))} since step"
+            f" {state.spike.step}."
+        )
+    where = (rows or gradients or updates or ["loss"])[0]
+    num_bad = len(rows) + len(gradients) + len(updates) + int(bad.loss)
+    advice = _advice(state, names, rows)
+    # Scaled losses overflow now and then; an update of zero leaves the step out.
+    is_harmless = not bad.loss and not updates
+    if is_harmless:
+        words += " The updates were finite: the optimizer left them out."
+    return [
+        Finding(
+            f"{rule}/nonfinite",
+            item,
+            "warning" if is_harmless else "error",
+            where,
+            float(num_bad),
+            0.0,
+            words,
+            advice,
+        )
+    ]
+
+
+def _rose_before(state: MonitorState) -> bool:
+    """Tells whether the loss rose until it was no number any more."""
+    begun, bad = int(state.spike.step), int(state.nonfinite.step)
+    return 0 <= begun < bad <= begun + int(state.spike.length)
+
+
+def _counted(kind: str, bad: list[str], leaves: list[str]) -> list[str]:
+    if not bad:
+        return []
+    return [f"the {kind} of {len(bad)} of {len(leaves)} parameters ({listed(bad)})"]
+
+
+def _advice(state: MonitorState, names: Names, rows: list[str]) -> str:
+    bad = state.nonfinite
+    if _rose_before(state):
+        return (
+            "Lower the learning rate, and look at what it did before step"
+            f" {state.spike.step}."
+        )
+    if not bad.loss and not bad.gradients.any():
+        return "Look into the optimizer: finite gradients became other updates."
+    if not _usual_ratio(state, names) <= RATIO_LIMIT:
+        return "Divide the learning rate by 10: updates are as large as weights."
+    if not bad.watched:
+        return "Watch every step (every=1) from a little before it, to see where."
+    if not bad.parameters.any() and rows and rows[0] == names.rows[0][0]:
+        return (
+            f"Look for NaN, infinite or huge inputs in the batch of step {bad.step}:"
+            " the first layer has them already."
+        )
+    if rows:
+        return (
+            f"Look at what enters {rows[0]} and at its weights; a rate that is too high"
+            " makes them grow until they overflow."
+        )
+    return (
+        "Look for logarithms, square roots and divisions at zero in the loss, and for"
+        f" NaN in the targets of step {bad.step}."
+    )
+
+
+def _dead_units(
+    state: MonitorState, names: Names, every: int, window: int
+) -> list[Finding]:
+    findings = []
+    for layer in names.stacks:
+        last = state.last_active.get(layer, np.zeros(0, np.int32))
+        for place in np.ndindex(last.shape[:-1]):
+            inactive = state.watched_step - last[place] >= window * every
+            fraction = float(np.mean(inactive)) if inactive.size else 0.0
+            if fraction <= DEAD_LIMIT:
+                continue
+            row = layer + "".join(f"[{index}]" for index in place)
+            dead = last[place][inactive]
+            units = [str(unit) for unit in np.flatnonzero(inactive)]
+            died = f"the latest fell silent after step {dead.max()}"
+            never = f"{int(np.sum(dead < 0))} never were"
+            findings.append(
+                Finding(
+                    "gradients/dead-units",
+                    8,
+                    "warning",
+                    row,
+                    fraction,
+                    DEAD_LIMIT,
+                    f"{len(units)} of {inactive.size} units of {row} were not active in"
+                    f" the last {window} watched steps up to {state.watched_step}"
+                    f" (units {listed(units)}): {died if dead.max() >= 0 else never}"
+                    f"{f', {never}' if dead.min() < 0 <= dead.max() else ''}.",
+                    "Lower the learning rate, above all of the biases, start the biases"
+                    " at zero, or use jax.nn.leaky_relu.",
+                )
+            )
+    return findings
+
+
+def _vanishing(state: MonitorState, names: Names) -> list[Finding]:
+    if state.num_watched < SETTLED or not np.isfinite(state.gradient_norm).all():
+        return []
+    sizes = [math.prod(shape) for _, shape in names.leaves]
+    weights = [leaf for leaf in names.weights if state.gradient_norm[leaf] > 0]
+    if len(weights) < 2:
+        return []
+    first, last = weights[0], weights[-1]
+    gradients, ratios = (
+        [float(norm[leaf]) / math.sqrt(max(sizes[leaf], 1)) for leaf in (first, last)]
+        for norm in (state.gradient_norm, state.update_average)
+    )
+    # An optimizer that divides by the gradient's size learns in spite of it.
+    share, moved = gradients[0] / gradients[1], ratios[0] / max(ratios[1], 1e-38)
+    if share >= VANISHING_LIMIT or moved >= VANISHING_LIMIT:
+        return []
+    first_name, last_name = names.leaves[first][0], names.leaves[last][0]
+    return [
+        Finding(
+            "gradients/vanishing",
+            8,
+            "warning",
+            first_name,
+            share,
+            VANISHING_LIMIT,
+            f"At step {state.step - 1} the gradient of {first_name} has the root mean"
+            f" square {number(gradients[0])}, that of {last_name}"
+            f" {number(gradients[1])}; its updates have been {number(moved)} times as"
+            f" large: the first layer hardly learns.",
+            "Use ReLU or a relative of it instead of sigmoid or tanh, add skip"
+            " connections or normalization layers, or take fewer layers.",
+        )
+    ]

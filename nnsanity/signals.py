@@ -327,7 +327,7 @@ def _signals(
             if site in gradients:
                 back = reading._replace(value=gradients[site])
                 backward[name] = _root(back, one, watched)
-        ran = readings[after].merged(one.shared, jnp.mean).ran
+        ran = Reading(None, readings[after].ran).merged(one.shared, jnp.any).ran
         if ran is not None:
             missing = (1,) * (len(one.stack) - ran.ndim)
             ran = jnp.broadcast_to(ran.reshape(ran.shape + missing), one.layer.stack)

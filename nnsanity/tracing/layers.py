@@ -35,8 +35,9 @@ class Layer(NamedTuple):
         fan_out: how many outputs each of its inputs takes part in.
         units: output units, or channels.
         activation: name of the nonlinearity that follows, or None.
-        stack: how many times it stands in the network with other weights, for each loop
-            around it, the outermost first; empty outside of a scan over layers.
+        stack: how many times it stands in the network with other weights, for each scan
+            over layers around it, the outermost first; under shard_map also into how
+            many parts its weights are split, for each axis of the mesh.
     """
 
     name: str

@@ -161,7 +161,11 @@ class _Builder:
                 origin = origin._replace(products=origin.products | {path})
         elif eqn.primitive.name in ACTIVATING and origin.is_weight:
             self.found |= origin.products
-        elif eqn.primitive.name in LOOK_UPS and known[0].is_weight:
+        elif (
+            eqn.primitive.name in LOOK_UPS
+            and operands[0] is not None
+            and self.origins[operands[0]].is_weight
+        ):
             origin = origin._replace(data=False)
         root = self._root(eqn, operands)
         if root is not None:

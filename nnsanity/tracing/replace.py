@@ -121,8 +121,10 @@ def _add_writes(
 ) -> None:
     values: dict[str, Array] = {}
     entering = network.steps.sites[located.operand]
-    if entering is not None:
-        _chain(write, entering, lambda value: values.update(entering=value) or value)
+
+    def keep_entering(value: Array) -> Array:
+        values["entering"] = value  # of the latest trace: loop bodies have several
+        return value
 
     def keep_before(before: Array) -> Array:
         values["before"] = before
@@ -132,6 +134,8 @@ def _add_writes(
         before = values.get("before", after)
         return replacement.combine(LayerValues(values.get("entering"), before, after))
 
+    if entering is not None:
+        _chain(write, entering, keep_entering)
     if located.activation is not None:
         _chain(write, network.site(located.before), keep_before)
     _chain(write, network.site(located.after), combine)

@@ -286,6 +286,8 @@ def _run_while(
     blank = compat.zeros_of(shapes)
     blank = _filled(blank, {}, like=operands)
 
+    is_one_test = test.jaxpr.outvars[0].aval.shape == ()
+
     def test_of(carry: list) -> Array:
         return _run(run, test, [*tested, *carry], {})[0][0]
 
@@ -295,7 +297,8 @@ def _run_while(
     def turn(state: tuple) -> tuple:
         carry, earlier = state
         outputs, readings = _run(run, body, [*consts, *carry], {})
-        if jnp.shape(is_on := test_of(carry)):  # by vmap, one test for each example
+        if not is_one_test:  # by vmap, one for each example
+            is_on = test_of(carry)
             outputs = [
                 jnp.where(_like(is_on, new), new, old)
                 for new, old in zip(outputs, carry, strict=True)

@@ -42,12 +42,12 @@ data, or a look-up in a parameter, with the bias, the normalization and the nonl
 that follow. It is called by the path of its parameters, `#2` where a weight is used
 again.
 
-Each row below is a small network with a unit killed by hand. Where it says yes, its
-layers were named once and in the order of execution, the dead unit was found and no
-other, activations were those of NumPy, `value_and_grad` returned the loss and the
-gradients of `jax.value_and_grad`, and the gradient that came back to the units was that
-of the same network written out by hand. Inside of a scan over layers a result is
-stacked: one more axis, of the scan.
+Each row below is a small network with a unit killed by hand. Where it says yes, and its
+note nothing else, its layers were named once and in the order of execution, the dead
+unit was found and no other, activations were those of NumPy, `value_and_grad` returned
+the loss and the gradients of `jax.value_and_grad`, and the gradient that came back to
+the units was that of the same network written out by hand. Inside of a scan over layers
+a result is stacked: one more axis, of the scan.
 
 A parameter that belongs to no layer is told in the result's `uninspected`, with the
 reason. It is one
@@ -213,7 +213,10 @@ def row(style):
     else:
         seen = "yes"
     listed = " ".join(f"`{name}`" for name in names)
-    return f"| {style.group}: {style.name} | {seen} | {listed} | {style.note} |"
+    notes = [style.note] if style.note else []
+    if network.reference is None and not network.uninspected:
+        notes.append("what passes through it was not checked by hand")
+    return f"| {style.group}: {style.name} | {seen} | {listed} | {'; '.join(notes)} |"
 
 
 def page():

@@ -322,6 +322,10 @@ def _train(
             progress=tell,
         )
     book.skipped |= diagnosis.skipped
+    book.measurements |= {
+        "repairs": diagnosis.attempts,
+        "quality_curve": diagnosis.curve,
+    }
     found, measured = judge_outcomes(
         problem, diagnosis, tuple(book.findings), book.measurements
     )

@@ -12,10 +12,20 @@ import jax
 import numpy as np
 
 from nnsanity._types import Array
+from nnsanity.arms import (
+    MIN_GAIN,
+    Arm,
+    Attempt,
+    attempt_of,
+    gain_of,
+    helps,
+    joined,
+    needed_gain,
+)
 from nnsanity.checks import batch_size
 from nnsanity.copies import Copy
 from nnsanity.findings import Effect, Finding, caused
-from nnsanity.levels import FAILED, LEARNED, last, level_of, unit_of
+from nnsanity.levels import FAILED, LEARNED, curve_of, last, level_of, unit_of
 from nnsanity.problem import Problem
 from nnsanity.repairs import Repair, available_repairs
 from nnsanity.trial import (
@@ -27,14 +37,7 @@ from nnsanity.trial import (
 )
 
 NUM_SEEDS = 3
-MIN_GAIN = 0.1
-"""Gain in quality that a repair must bring; a difference of this size between a faulty
-program and its repaired twin is worth a finding."""
-MIN_GAIN_BY_CHANCE = 0.2
-"""The same for another learning rate or other weights: nearly every healthy program
-could learn somewhat more from some other choice of these."""
-MIN_SHARE = 0.2
-"""Share of what is missing to a perfect quality that a repair must bring."""
+FIRST_SEED, OTHER_SEEDS, ALL_SEEDS = slice(1), slice(1, None), slice(None)
 SUSPICION_BONUS = 0.15
 """What a suspicion adds to the gain of its repair when causes are ranked."""
 MAX_CAUSES = 3
@@ -58,6 +61,8 @@ class Diagnosis(NamedTuple):
         causes: findings with their effects, the largest first.
         ruled_out: repairs that did not help.
         skipped: what was not tried, and why.
+        attempts: every repair that was tried by itself, in the order of trying.
+        curve: quality at each mark, of the first seed of the original.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -66,18 +71,8 @@ class Diagnosis(NamedTuple):
     causes: tuple[Finding, ...]
     ruled_out: tuple[str, ...]
     skipped: dict[str, str]
-
-
-class _Arm(NamedTuple):
-    """A set of repairs and how far it came, one number for each seed."""
-
-    repairs: tuple[Repair, ...]
-    levels: np.ndarray
-    held_out: np.ndarray
-
-    @property
-    def level(self) -> float:
-        return float(np.median(self.levels))
+    attempts: tuple[Attempt, ...]
+    curve: np.ndarray
 
 
 class _Lab(NamedTuple):
@@ -119,7 +114,8 @@ def untouched(
     start = float(outcomes[0].losses[0])
     level = float(np.median([level_of(problem, one, start) for one in outcomes]))
     skipped = {"interventions": "switched off"}
-    return Diagnosis(outcomes, level, trial.num_steps, (), (), skipped)
+    curve = curve_of(problem, outcomes[0], start)
+    return Diagnosis(outcomes, level, trial.num_steps, (), (), skipped, (), curve)
 
 
 def intervene(
@@ -157,28 +153,33 @@ def intervene(
     )
     original = _arm(lab, (), outcomes)
     if original.level >= LEARNED:
-        return Diagnosis(outcomes, original.level, trial.num_steps, (), (), {})
+        return untouched(problem, trial, outcomes)._replace(skipped={})
     suspected = {finding.rule: finding for finding in reversed(suspicions)}
     repairs = sorted(
         available_repairs(problem),
         key=lambda one: not (one.is_suspected or set(one.rules) & set(suspected)),
     )
-    singles, helped, left_out = _helpful_singles(lab, original, repairs)
+    tried, left_out = _try_singles(lab, original, repairs)
+    singles = _best_of_groups(tried)
     best = max((arm.level for arm in singles), default=original.level)
-    joint: list[tuple[_Arm, _Arm]] = []
+    joint: list[tuple[Arm, Arm]] = []
     if best < LEARNED - MIN_GAIN:
         joint = _joint_causes(lab, original, repairs, best)
     pairs = joint or [(original, arm) for arm in singles]
     causes = _ranked(lab, original, pairs, suspected)
-    helped |= {one.name for _, arm in pairs for one in arm.repairs}
+    helped = {one.name for _, arm in pairs for one in arm.repairs}
+    helped |= {arm.repairs[0].name for arm, has_helped in tried if has_helped}
     ruled_out = tuple(
         one.name for one in repairs if one.name not in helped and one not in left_out
     )
     skipped = {one.name: "its training did not fit the budget" for one in left_out}
     if time.monotonic() > lab.deadline:
         skipped["repairs together"] = "not all of their trainings fitted the budget"
-    return Diagnosis(
-        outcomes, original.level, trial.num_steps, causes, ruled_out, skipped
+    return untouched(problem, trial, outcomes)._replace(
+        causes=causes,
+        ruled_out=ruled_out,
+        skipped=skipped,
+        attempts=tuple(attempt_of(arm, helped=one) for arm, one in tried),
     )
 
 
@@ -191,7 +192,7 @@ def _other_trial(problem: Problem, trial: Trial, key: Array) -> Trial | None:
     return prepare(problem, key, num_steps=num_steps, batch_size=batch_size.USUAL)
 
 
-def _arm(lab: _Lab, repairs: tuple[Repair, ...], outcomes: Sequence[Outcome]) -> _Arm:
+def _arm(lab: _Lab, repairs: tuple[Repair, ...], outcomes: Sequence[Outcome]) -> Arm:
     # Other inputs may change the unit of a loss that looks at them, too.
     other_inputs = any(one.group == "inputs" for one in repairs)
     levels = [
@@ -206,18 +207,19 @@ def _arm(lab: _Lab, repairs: tuple[Repair, ...], outcomes: Sequence[Outcome]) ->
         last(one.quality) if lab.problem.kind is not None else level
         for one, level in zip(outcomes, levels, strict=True)
     ]
-    return _Arm(repairs, np.array(levels), np.array(held_out))
+    curve = curve_of(lab.problem, outcomes[0], float(outcomes[0].losses[0]))
+    return Arm(repairs, np.array(levels), np.array(held_out), curve)
 
 
-def _train(lab: _Lab, repairs: Sequence[Repair], *, seeds: int) -> _Arm:
-    """Trains the program with some repairs, from the first seeds."""
+def _train(lab: _Lab, repairs: Sequence[Repair], seeds: slice) -> Arm:
+    """Trains the program with some repairs, from some of the seeds."""
     sizes = [one.batch_size for one in repairs if one.batch_size is not None]
     trial = lab.other_trial if sizes and lab.other_trial is not None else lab.trial
     for repair in repairs:
         if repair.inputs is not None:
             trial = with_inputs(trial, repair.inputs)
     copies = []
-    for key in lab.keys[:seeds]:
+    for key in lab.keys[seeds]:
         copy: Copy = trial.plain
         for repair in repairs:
             copy = repair.change(copy, key)
@@ -225,93 +227,71 @@ def _train(lab: _Lab, repairs: Sequence[Repair], *, seeds: int) -> _Arm:
     return _arm(lab, tuple(repairs), train_copies(trial, copies))
 
 
-def _gain(before: _Arm, after: _Arm) -> float:
-    """How much better a copy learned; memorizing alone does not count."""
-    held_out = _differences(before.held_out, after.held_out)
-    gains = _differences(before.levels, after.levels)
-    return float(min(np.median(gains), 2 * np.median(held_out)))
+def _try_singles(
+    lab: _Lab, original: Arm, repairs: Iterable[Repair]
+) -> tuple[list[tuple[Arm, bool]], list[Repair]]:
+    """Tries every repair by itself, from one seed and if that helps from all.
 
-
-def _differences(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Compares seed by seed; below a constant output all are equally bad."""
-    seeds = min(len(before), len(after))
-    return np.maximum(after[:seeds], 0) - np.maximum(before[:seeds], 0)
-
-
-def _needed(before: _Arm, after: _Arm | None = None) -> float:
-    """The gain that counts, of what was repaired last."""
-    groups = [] if after is None else [one.group for one in after.repairs]
-    is_chance = groups in (["rate"], ["weights"])
-    least = MIN_GAIN_BY_CHANCE if is_chance else MIN_GAIN
-    return max(least, MIN_SHARE * (1 - max(before.level, 0.0)))
-
-
-def _helps(before: _Arm, after: _Arm) -> bool:
-    """Tells whether a copy learned clearly better, and from every seed."""
-    gains = _differences(before.levels, after.levels)
-    is_enough = _gain(before, after) >= _needed(before, after)
-    return is_enough and bool((gains > 0).all())
-
-
-def _helpful_singles(
-    lab: _Lab, original: _Arm, repairs: Iterable[Repair]
-) -> tuple[list[_Arm], set[str], list[Repair]]:
-    """Returns the repairs that help from every seed, the best one of each group.
-
-    And the names of all that helped, and those for which there was no time.
+    Returns:
+        Each arm and whether it helped; and the repairs for which there was no time.
     """
-    best: dict[str, _Arm] = {}
-    helped: set[str] = set()
+    tried = []
     left_out = []
     for repair in repairs:
         if time.monotonic() > lab.deadline:
             left_out.append(repair)
             continue
-        arm = _train(lab, (repair,), seeds=1)
+        arm = _train(lab, (repair,), FIRST_SEED)
         lab.progress(f"{repair.name}: {original.level:.2f} -> {arm.level:.2f}")
-        if not _helps(original, arm):
-            continue
-        arm = _train(lab, (repair,), seeds=NUM_SEEDS)
-        if not _helps(original, arm):
-            continue
-        helped.add(repair.name)
-        rival = best.get(repair.group)
-        if rival is None or arm.level > rival.level + 0.02:
-            best[repair.group] = arm
-    return list(best.values()), helped, left_out
+        has_helped = helps(original, arm)
+        if has_helped:
+            arm = joined(arm, _train(lab, (repair,), OTHER_SEEDS))
+            has_helped = helps(original, arm)
+        tried.append((arm, has_helped))
+    return tried, left_out
+
+
+def _best_of_groups(tried: Sequence[tuple[Arm, bool]]) -> list[Arm]:
+    best: dict[str, Arm] = {}
+    for arm, has_helped in tried:
+        group = arm.repairs[0].group
+        rival = best.get(group)
+        if has_helped and (rival is None or arm.level > rival.level + 0.02):
+            best[group] = arm
+    return list(best.values())
 
 
 def _joint_causes(
-    lab: _Lab, original: _Arm, repairs: Sequence[Repair], best: float
-) -> list[tuple[_Arm, _Arm]]:
+    lab: _Lab, original: Arm, repairs: Sequence[Repair], best: float
+) -> list[tuple[Arm, Arm]]:
     """Repairs everything at once and finds out which repairs are needed.
 
     Returns:
         For each needed repair the arm without it and the arm with all of them; empty
         where repairing everything is no better than the best single repair.
     """
-    chosen: _Arm | None = None
+    chosen: Arm | None = None
     for repaired in _combinations(repairs):
         if time.monotonic() > lab.deadline:
             break
-        arm = _train(lab, repaired, seeds=1)
+        arm = _train(lab, repaired, FIRST_SEED)
         if chosen is None or arm.level > chosen.level + MIN_GAIN / 2:
             chosen = arm
-    if chosen is None or chosen.level < best + _needed(original):
+    if chosen is None or chosen.level < best + needed_gain(original):
         return []
     names = ", ".join(one.name for one in chosen.repairs)
     lab.progress(f"together, {names}: {original.level:.2f} -> {chosen.level:.2f}")
     needed = _without_needless(lab, chosen)
-    full = _train(lab, needed, seeds=NUM_SEEDS)
-    if not _helps(original, full):
+    full = _train(lab, needed, ALL_SEEDS)
+    if not helps(original, full):
         return []
     if len(needed) == 1:
         return [(original, full)]
     pairs = [
-        (_train(lab, _but(needed, one), seeds=NUM_SEEDS), full._replace(repairs=(one,)))
+        (_train(lab, _but(needed, one), ALL_SEEDS), full._replace(repairs=(one,)))
         for one in needed
     ]
-    return [(before, after) for before, after in pairs if _helps(before, after)]
+    return [(before, after) for before, after in pairs if helps(before, after)]
 
 
 def _combinations(repairs: Sequence[Repair]) -> list[tuple[Repair, ...]]:
@@ -335,27 +315,27 @@ def _but(repairs: tuple[Repair, ...], left_out: Repair) -> tuple[Repair, ...]:
     return tuple(one for one in repairs if one is not left_out)
 
 
-def _without_needless(lab: _Lab, arm: _Arm) -> tuple[Repair, ...]:
+def _without_needless(lab: _Lab, arm: Arm) -> tuple[Repair, ...]:
     """Takes back one repair after the other, as long as the copy learns as well."""
     needed, level = arm.repairs, arm.level
     for repair in reversed(arm.repairs):
         rest = _but(needed, repair)
-        if rest and _train(lab, rest, seeds=1).level >= level - MIN_GAIN:
+        if rest and _train(lab, rest, FIRST_SEED).level >= level - MIN_GAIN:
             needed = rest
     return needed
 
 
 def _ranked(
     lab: _Lab,
-    original: _Arm,
-    pairs: Sequence[tuple[_Arm, _Arm]],
+    original: Arm,
+    pairs: Sequence[tuple[Arm, Arm]],
     suspected: Mapping[str, Finding],
 ) -> tuple[Finding, ...]:
     """Words the causes, the ones with the largest effect and a suspicion first."""
     scored = []
     for before, after in pairs:
         (repair,) = after.repairs
-        gain = _gain(before, after)
+        gain = gain_of(before, after)
         rule = next((rule for rule in repair.rules if rule in suspected), None)
         finding = repair.finding if rule is None else suspected[rule]
         if repair.group == "rate":
@@ -379,9 +359,7 @@ def _rate_finding(repair: Repair, suspected: Mapping[str, Finding]) -> Finding:
     return diverged._replace(message=f"{diverged.message} {finding.message}")
 
 
-def _effect(
-    lab: _Lab, repair: Repair, before: _Arm, after: _Arm, gain: float
-) -> Effect:
+def _effect(lab: _Lab, repair: Repair, before: Arm, after: Arm, gain: float) -> Effect:
     measure, to_unit = unit_of(lab.problem)
     return Effect(
         repair.name,
@@ -391,6 +369,6 @@ def _effect(
         lab.trial.num_steps,
         NUM_SEEDS,
         gain,
-        _needed(before, after),
+        needed_gain(before, after),
         bool(before.repairs),
     )

@@ -30,6 +30,14 @@ def level_of(problem: Problem, outcome: Outcome, start_loss: float) -> float:
     return float(np.clip((start_loss - end) / max(abs(start_loss), 1e-6), -1, 1))
 
 
+def curve_of(problem: Problem, outcome: Outcome, start_loss: float) -> np.ndarray:
+    """Returns how much was learned at each mark, as ``level_of`` measures it."""
+    if problem.kind is not None:
+        return (np.asarray(outcome.seen_quality) + np.asarray(outcome.quality)) / 2
+    fallen = (start_loss - np.asarray(outcome.losses)) / max(abs(start_loss), 1e-6)
+    return np.where(np.isfinite(fallen), np.clip(fallen, -1, 1), -1)
+
+
 def last(curve: Array) -> float:
     """Returns the median of the last three marks of a curve."""
     return float(np.median(np.asarray(curve)[-3:]))

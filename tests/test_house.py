@@ -24,6 +24,7 @@ FLOORS = {
     "levels": 3,
     "measure": 3,
     "repairs": 3,
+    "arms": 3,
     "interventions": 3,
     "lint": 3,
     "verdicts": 3,

@@ -17,11 +17,11 @@ MIN_SHARE = 0.2
 
 
 class Attempt(NamedTuple):
-    """One repair that was tried by itself.
+    """One repair that was tried, or several together.
 
     Attributes:
         repair: what was done, as the subject of a sentence.
-        group: repairs of one group exclude each other.
+        group: repairs of one group exclude each other; ``"together"`` for several.
         levels: float[seeds], quality that it reached; 1 is perfect, 0 a constant.
         curve: float[marks + 1], quality of the first seed on its way.
         helped: whether it learned clearly better than the original, from every seed.

@@ -61,7 +61,8 @@ class Diagnosis(NamedTuple):
         causes: findings with their effects, the largest first.
         ruled_out: repairs that did not help.
         skipped: what was not tried, and why.
-        attempts: every repair that was tried by itself, in the order of trying.
+        attempts: every repair that was tried by itself, in the order of trying, then
+            those that it takes together.
         curve: quality at each mark, of the first seed of the original.
     """
 
@@ -179,8 +180,21 @@ def intervene(
         causes=causes,
         ruled_out=ruled_out,
         skipped=skipped,
-        attempts=tuple(attempt_of(arm, helped=one) for arm, one in tried),
+        attempts=(
+            *(attempt_of(arm, helped=one) for arm, one in tried),
+            *_together(pairs if joint else ()),
+        ),
     )
+
+
+def _together(pairs: Sequence[tuple[Arm, Arm]]) -> tuple[Attempt, ...]:
+    """What the needed repairs reached, all of them in place."""
+    if len(pairs) < 2:
+        return ()
+    names = [arm.repairs[0].name for _, arm in pairs]
+    words = f"{', '.join(names[:-1])} and {names[-1]}"
+    full = pairs[0][1]
+    return (Attempt(words, "together", full.levels, full.curve, helped=True),)
 
 
 def _other_trial(problem: Problem, trial: Trial, key: Array) -> Trial | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import importlib.util
 import json
 import math
 import textwrap
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from nnsanity import plot
 from nnsanity.findings import ITEMS, SEVERITIES, DiagnosisError, Finding, at_least
 
 WIDTH = 88
@@ -86,7 +88,10 @@ class Report:
         }
 
     def to_html(self, path: str | Path | None = None) -> str:
-        """Returns one self-contained page, and writes it where a path is given."""
+        """Returns one self-contained page, and writes it where a path is given.
+
+        With figures where matplotlib is installed (``pip install nnsanity[plot]``).
+        """
         page = _PAGE.format(
             title=html.escape(f"nnsanity checkup: {self._counts()}"),
             body=self._repr_html_(),
@@ -102,6 +107,7 @@ class Report:
             f"<h1>{html.escape(self._counts())}</h1>",
             f"<p>{html.escape(self.summary)}</p>",
             *(_card(rank, one) for rank, one in enumerate(leading, start=1)),
+            *_figures(self),
             _list("Worth knowing", [f"{one.rule}: {one.message}" for one in notes]),
             _list("Ruled out", self.ruled_out),
             _list("Not run", [f"{name}: {why}" for name, why in self.skipped.items()]),
@@ -158,8 +164,16 @@ def _card(rank: int, finding: Finding) -> str:
     return (
         f'<section class="{text["severity"]}"><h2>{rank}. {text["rule"]}'
         f" <small>{text['severity']} at {text['where']}</small></h2>"
-        f"<p>{text['message']}</p><p><b>{text['advice']}</b></p></section>"
+        f'<p>{text["message"]}</p><p class="advice">{text["advice"]}</p></section>'
     )
+
+
+def _figures(report: Report) -> list[str]:
+    """Draws what was measured, where matplotlib is there."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    drawn = plot.figures_of(report)
+    return [f"<figure>{plot.svg(figure)}</figure>" for figure in drawn]
 
 
 def _list(title: str, lines: Any) -> str:
@@ -178,7 +192,10 @@ _STYLE = """<style>
 .nnsanity section.error {border-color: #c0392b}
 .nnsanity section.warning {border-color: #e0a100}
 .nnsanity section p {margin: .3em 0}
+.nnsanity .advice::before {content: "\2192\00a0"; color: #1b7f6b}
+.nnsanity .advice {font-weight: 600}
 .nnsanity li {color: #555}
+.nnsanity figure {margin: 1.5em 0} .nnsanity svg {max-width: 100%; height: auto}
 </style>"""
 
 _PAGE = """<!doctype html>

@@ -46,6 +46,12 @@ def inexact_leaves(tree: PyTree) -> list[Array]:
     return [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
 
 
+@jax.jit
+def finite_leaves(leaves: list[Array]) -> list[Array]:
+    """Tells for each array whether all of it is finite; compiled for all at once."""
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
 def accumulation_dtype(*arrays: Array) -> np.dtype:
     """Returns float32, or float64 where an array has it."""
     with jax.numpy_dtype_promotion("standard"):

@@ -4,10 +4,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from nnsanity._tree import inexact_leaves, num_examples
+from nnsanity._tree import finite_leaves, inexact_leaves, num_examples
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree, TrainLossFn
 from nnsanity.checks import (
     final_activation,
@@ -115,6 +114,7 @@ def checkup(
         ValueError: if arguments do not fit each other; the text names the argument.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> inputs = jax.random.normal(jax.random.key(0), (200, 3))
         >>> targets = inputs @ jnp.array([1.0, -2.0, 0.5]) - 5.0
         >>> apply_fn = lambda params, x: jax.nn.relu(x @ params["w"] + params["b"])
@@ -336,7 +336,7 @@ def _train(
 
 def _has_nonfinite(problem: Problem) -> bool:
     leaves = inexact_leaves((problem.params, problem.inputs, problem.targets))
-    return not all(bool(jnp.isfinite(leaf).all()) for leaf in leaves)
+    return not all(finite_leaves(leaves))
 
 
 def _in_order(

@@ -11,7 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnsanity._tree import in_float32, is_inexact, leaf_names
+from nnsanity._tree import (
+    finite_leaves,
+    in_float32,
+    inexact_leaves,
+    is_inexact,
+    leaf_names,
+)
 from nnsanity._types import ApplyFn, Array, Params, PyTree
 from nnsanity.findings import NO_LIMITS, Finding, Limits, listed, number
 from nnsanity.tracing.layers import Located, Network, inspect
@@ -251,11 +257,9 @@ def poor_start(one: Located) -> Finding:
 def judge_finite(params: Params) -> tuple[Finding, ...]:
     """Says which parameters are NaN or infinite before any training."""
     leaves = zip(leaf_names(params), jax.tree.leaves(params), strict=True)
-    bad = [
-        name
-        for name, leaf in leaves
-        if is_inexact(leaf) and not bool(jnp.isfinite(leaf).all())
-    ]
+    names = [name for name, leaf in leaves if is_inexact(leaf)]
+    flags = finite_leaves(inexact_leaves(params))
+    bad = [name for name, is_finite in zip(names, flags, strict=True) if not is_finite]
     if not bad:
         return ()
     return (

@@ -1,14 +1,19 @@
 """Finds what is wrong with a program by reading it, before a step is run."""
 
+from collections.abc import Sequence
+
 import jax
 
 from nnsanity._types import ApplyFn, LossFn, Params, PyTree
-from nnsanity.checks import final_activation, gradients, results
-from nnsanity.findings import Finding
+from nnsanity.checks import final_activation, gradients, regularization, results
+from nnsanity.findings import SEVERITIES, Finding
 from nnsanity.tracing.batch_axis import meets_across_batch
-from nnsanity.tracing.bounds import output_bounds
+from nnsanity.tracing.bounds import Bounds, bounds_of, read
 from nnsanity.tracing.layers import inspect
+from nnsanity.tracing.loss_head import Squash, loss_head
+from nnsanity.tracing.noise import noise_at_evaluation
 from nnsanity.tracing.reach import reach
+from nnsanity.tracing.replace import output_layer
 
 
 def lint(
@@ -48,19 +53,40 @@ def lint(
     if is_pair:
         places = meets_across_batch(loss_fn, params, tuple(batch))
         findings += results.judge_meeting(places)
+    head = loss_head(loss_fn, params, batch)
+    findings += final_activation.judge_squashes(head.squashes)
+    findings += final_activation.judge_logarithms(head.logarithms)
     if apply_fn is not None:
         inputs = batch[0] if is_pair else batch
-        findings += _lint_outputs(apply_fn, params, inputs)
-    return tuple(sorted(findings, key=lambda one: one.severity != "error"))
+        targets = batch[1] if is_pair else None
+        findings += _lint_network(apply_fn, params, inputs, targets, head.squashes)
+    return tuple(sorted(findings, key=lambda one: SEVERITIES.index(one.severity)))
 
 
-def _lint_outputs(
-    apply_fn: ApplyFn, params: Params, inputs: PyTree
-) -> tuple[Finding, ...]:
-    bounds = output_bounds(apply_fn, params, inputs)
-    lows, highs = jax.tree.leaves(bounds.low), jax.tree.leaves(bounds.high)
+def _lint_network(
+    apply_fn: ApplyFn,
+    params: Params,
+    inputs: PyTree,
+    targets: PyTree,
+    squashes: Sequence[Squash],
+) -> list[Finding]:
+    """Reads the network alone: what its head can give, and what it mixes in."""
+    reading = read(apply_fn, params, inputs)
     network = inspect(apply_fn, params, inputs)
+    head = output_layer(network)
     where = network.layers[-1].layer.name if network.layers else "apply_fn"
+    activation = None if head is None else head.layer.activation
+    noise = noise_at_evaluation(apply_fn, params, inputs, reading=reading)
+    return [
+        *_judge_constant(bounds_of(reading), where),
+        *final_activation.judge_head(head),
+        *final_activation.judge_classes(squashes, activation, targets, where),
+        *regularization.judge_noise(noise),
+    ]
+
+
+def _judge_constant(bounds: Bounds, where: str) -> tuple[Finding, ...]:
+    lows, highs = jax.tree.leaves(bounds.low), jax.tree.leaves(bounds.high)
     ends = [(low, high) for low, high in zip(lows, highs, strict=True) if low.size]
     # One output among others may be a mask, or a flag.
     if not ends or not all(bool((low == high).all()) for low, high in ends):

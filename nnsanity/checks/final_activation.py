@@ -5,17 +5,23 @@ regression use none" (D. Holden).
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nnsanity._tree import in_float32
-from nnsanity._types import Array
+from nnsanity._types import Array, PyTree
 from nnsanity.findings import Finding, number
 from nnsanity.tracing.bounds import Bounds
 from nnsanity.tracing.layers import Located
+from nnsanity.tracing.loss_head import Logarithm, Squash
 
+BEST_LIMIT = 0.95
+"""Probability that a head should be able to give to the right class.  A softmax of
+numbers within [0, 1] gives 0.73 to one of two classes, and 0.23 to one of ten."""
 UNREACHABLE_LIMIT = 0.01
 """Share of targets out of reach from which on it is an error."""
 _TOLERANCE = 1e-4
@@ -123,6 +129,175 @@ def constant_output(where: str, value: float) -> Finding:
         " over one unit is.",
         "Use a sigmoid for one probability, a softmax over two or more units for"
         " classes, and no activation for regression.",
+    )
+
+
+def judge_squashes(squashes: Sequence[Squash]) -> tuple[Finding, ...]:
+    """Says which softmax or sigmoid of a loss gets numbers that are squashed already.
+
+    A proof where these are probabilities.  Where they come from another activation it
+    is a suspicion: whether it hurts shows when it is left out.
+    """
+    found = []
+    for one in squashes:
+        is_stuck = not one.best >= BEST_LIMIT
+        if one.made_by in ("softmax", "sigmoid") and is_stuck:
+            found.append(_double_softmax(one))
+        elif one.made_by in _LIMITING and (is_stuck or one.is_one_sided):
+            found.append(_logits_expected(one))
+    return tuple(found)
+
+
+_LIMITING = frozenset({"max", "min", "clamp", "tanh", "erf", "select_n", "abs"})
+
+
+def _double_softmax(one: Squash) -> Finding:
+    share = f"a {one.kind} of numbers from {number(one.low)} to {number(one.high)}"
+    return Finding(
+        "final-activation/double-softmax",
+        7,
+        "error",
+        one.where,
+        one.best,
+        BEST_LIMIT,
+        f"The loss takes the {one.kind} of what is a {one.made_by} already: {share}"
+        f" gives no class more than {number(100 * one.best)}%, so that the loss stays"
+        f" above {number(-math.log(one.best))} however well the network learns.",
+        f"Give the loss the logits: leave the {one.made_by} out of the network, and"
+        " apply it only where you read probabilities.",
+    )
+
+
+def _logits_expected(one: Squash) -> Finding:
+    reach = (
+        f"never takes a probability below {number(100 * one.least)}%"
+        if one.kind == "sigmoid" and one.low >= 0
+        else f"gives no class more than {number(100 * one.best)}%"
+        if one.best < BEST_LIMIT
+        else "never takes a probability above 50%"
+    )
+    return Finding(
+        "final-activation/logits-expected",
+        7,
+        "info",
+        one.where,
+        one.best,
+        BEST_LIMIT,
+        f"The loss takes the {one.kind} of numbers that an activation ({one.made_by})"
+        f" keeps from {number(one.low)} to {number(one.high)}; it {reach}.",
+        "Leave the last activation out: a loss that applies a softmax or a sigmoid"
+        " wants logits.",
+    )
+
+
+def judge_logarithms(logarithms: Sequence[Logarithm]) -> tuple[Finding, ...]:
+    """Says which logarithms are taken of what can be 0 or below."""
+    return tuple(
+        Finding(
+            "final-activation/probabilities-expected",
+            7,
+            "error",
+            one.where,
+            one.low,
+            0.0,
+            f"The loss takes the logarithm of outputs that can be {_nothing(one.low)}:"
+            f" they go from {number(one.low)} to {number(one.high)}, and the logarithm"
+            " there is NaN or minus infinity.",
+            "Give the loss probabilities, from a softmax or a sigmoid; better, keep the"
+            " logits and use a loss that takes logits, as optax.softmax_cross_entropy.",
+        )
+        for one in logarithms
+    )
+
+
+def _nothing(low: float) -> str:
+    return "negative" if low < 0 else "0"
+
+
+def judge_head(head: Located | None) -> tuple[Finding, ...]:
+    """Names a last activation that stands still on one side, or on both."""
+    if head is None or head.activation is None:
+        return ()
+    values = head.activation.flat_values
+    if not values:
+        return ()
+    name, ends = head.layer.activation, " and ".join(map(number, values))
+    slug = "relu-head" if len(values) == 1 else "clipped-output"
+    return (
+        Finding(
+            f"final-activation/{slug}",
+            7,
+            "info",
+            head.layer.name,
+            float(len(values)),
+            0.0,
+            f"The network ends in {name}: at {ends} it passes no gradient back, and an"
+            " output that gets there stays there.",
+            "Leave the last activation out, the safe choice, unless the targets end"
+            " there too.",
+        ),
+    )
+
+
+def judge_classes(
+    squashes: Sequence[Squash],
+    activation: str | None,
+    targets: PyTree,
+    where: str,
+) -> tuple[Finding, ...]:
+    """Compares what the classes share with how many of them are true at a time.
+
+    Args:
+        squashes: the softmax and sigmoid of the loss.
+        activation: the last one of the network.
+        targets: concrete zeros and ones, [examples, classes]; silent on others.
+        where: the last layer.
+    """
+    rows = _rows_of_classes(targets)
+    if rows is None:
+        return ()
+    kinds = {one.kind: one.where for one in squashes if one.shape == rows.shape}
+    if not kinds and activation in ("softmax", "sigmoid"):
+        kinds = {activation: where}
+    most = int(rows.sum(axis=1).max())
+    is_one_hot = bool((rows.sum(axis=1) == 1).all())
+    if set(kinds) == {"softmax"} and most > 1:
+        return (_independent_classes(kinds["softmax"], most, _SEVERAL),)
+    if set(kinds) == {"sigmoid"} and is_one_hot and len(rows) > 1:
+        return (_independent_classes(kinds["sigmoid"], 1, _ONE),)
+    return ()
+
+
+def _rows_of_classes(targets: PyTree) -> np.ndarray | None:
+    is_table = isinstance(targets, jax.Array | np.ndarray) and targets.ndim == 2
+    if not is_table or isinstance(targets, jax.core.Tracer) or targets.shape[1] < 2:
+        return None
+    rows = np.asarray(targets, np.float32)
+    return rows if np.isin(rows, (0, 1)).all() else None
+
+
+_SEVERAL = (
+    "Up to {} classes of one example are true, and a softmax shares one probability"
+    " among them.",
+    "Use a sigmoid for each class, as optax.sigmoid_binary_cross_entropy does.",
+)
+_ONE = (
+    "Each example is of exactly {} class, and every class has a sigmoid of its own.",
+    "Use a softmax over the classes, as optax.softmax_cross_entropy does.",
+)
+
+
+def _independent_classes(where: str, most: int, words: tuple[str, str]) -> Finding:
+    message, advice = words
+    return Finding(
+        "final-activation/independent-classes",
+        7,
+        "info",
+        where,
+        float(most),
+        1.0,
+        message.format(most),
+        advice,
     )
 
 

@@ -5,6 +5,7 @@ nothing overfits.  Start at 0.25 or 0.1" (D. Holden).
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +57,26 @@ def judge_overfitting(
             "Get more data, or make more by augmentation; add dropout of 0.1 to 0.25 or"
             " weight decay; stop at the lowest point of the validation loss.",
         ),
+    )
+
+
+def judge_noise(places: Sequence[str]) -> tuple[Finding, ...]:
+    """Says where a network is noisy though it is evaluated."""
+    return tuple(
+        Finding(
+            "regularization/noise-at-evaluation",
+            4,
+            "warning",
+            place,
+            1.0,
+            0.0,
+            "apply_fn draws random numbers for every example: what it returns is not"
+            " the prediction of the network, but that of a part of it.",
+            "Switch dropout off where you evaluate: deterministic=True in Linen,"
+            " model.eval() in NNX, eqx.nn.inference_mode in Equinox. A model that"
+            " samples by design says so by ignore=.",
+        )
+        for place in places
     )
 
 

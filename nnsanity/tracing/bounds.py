@@ -22,8 +22,40 @@ from nnsanity.tracing.intervals import (
     is_real,
     narrowed,
 )
+from nnsanity.tracing.reach import Frame, place
 
-Memo = dict[tuple, tuple[list[Value], list[Value]]]
+Places = dict[int, tuple[Any, Frame]]
+"""By the identity of a value: the equation that it was first made by, and where."""
+
+
+class Reading(NamedTuple):
+    """A program as the values that it goes through, each with its interval.
+
+    Values know their operands, so that the outputs hold the whole program.
+
+    Attributes:
+        inputs: one value for each leaf of the arguments.
+        outputs: one for each leaf of the results.
+        out_shape: the results as shapes.
+        places: where each value is made.
+    """
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    out_shape: PyTree
+    places: Places
+
+    def place(self, value: Value) -> str:
+        """Says where the user wrote what makes a value; empty for what is given."""
+        known = self.places.get(id(value))
+        return "" if known is None else place(*known)
+
+
+class _Book(NamedTuple):
+    """What was read so far: equal values are one, each with its place."""
+
+    memo: dict[tuple, tuple[list[Value], list[Value]]]
+    places: Places
 
 
 class Bounds(NamedTuple):
@@ -72,15 +104,28 @@ def output_bounds(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> Bounds:
     References:
         R. E. Moore, Interval Analysis, 1966, chapters 2 and 3.
     """
-    jaxpr, consts, out_shape = compat.trace(apply_fn, params, inputs)
+    return bounds_of(read(apply_fn, params, inputs))
+
+
+def read(fn: Callable, *args: PyTree) -> Reading:
+    """Reads a function whose arguments may be anything."""
+    jaxpr, consts, out_shape = compat.trace(fn, *args)
+    book = _Book({}, {})
     with np.errstate(all="ignore"):
-        operands = [bounded(var.aval, *ANY) for var in jaxpr.invars]
-        outputs = _run(jaxpr, consts, operands, {})
+        inputs = [bounded(var.aval, *ANY) for var in jaxpr.invars]
+        outputs = _run(jaxpr, consts, inputs, book, Frame())
+    return Reading(tuple(inputs), tuple(outputs), out_shape, book.places)
+
+
+def bounds_of(reading: Reading) -> Bounds:
+    """Returns the intervals of what a function returns, in float32."""
+    outputs = reading.outputs
+    with np.errstate(all="ignore"):
         avals = [jax.ShapeDtypeStruct(x.shape, np.float32) for x in outputs]
         ends = [bounded(a, x.low, x.high) for a, x in zip(avals, outputs, strict=True)]
     lows = [np.broadcast_to(np.float32(x.low) + 0, x.shape) for x in ends]  # no -0
     highs = [np.broadcast_to(np.float32(x.high) + 0, x.shape) for x in ends]
-    tree = jax.tree.structure(out_shape)
+    tree = jax.tree.structure(reading.out_shape)
     return Bounds(jax.tree.unflatten(tree, lows), jax.tree.unflatten(tree, highs))
 
 
@@ -95,38 +140,53 @@ def _constant(const: Any, aval: Any) -> Value:
     return bounded(aval, numbers, numbers)
 
 
-def _run(jaxpr: Any, consts: Sequence, operands: Sequence, memo: Memo) -> list[Value]:
+def _run(
+    jaxpr: Any, consts: Sequence, operands: Sequence, book: _Book, frame: Frame
+) -> list[Value]:
     known = dict(zip(jaxpr.invars, operands, strict=True))
     for var, const in zip(jaxpr.constvars, consts, strict=True):
         known[var] = _constant(const, var.aval)
 
-    def read(atom: Any) -> Value:
+    def value_of(atom: Any) -> Value:
         if not compat.is_literal(atom):
             return known[atom]
         key = ("literal", str(atom.aval), repr(atom.val))
-        return memo.setdefault(key, ([], [_constant(atom.val, atom.aval)]))[1][0]
+        constant = [_constant(atom.val, atom.aval)]
+        return book.memo.setdefault(key, ([], constant))[1][0]
 
     for eqn in jaxpr.eqns:
-        outputs = _equation(eqn, [read(atom) for atom in eqn.invars], memo)
+        outputs = _equation(eqn, [value_of(atom) for atom in eqn.invars], book, frame)
         known.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    return [value_of(atom) for atom in jaxpr.outvars]
 
 
-def _equation(eqn: Any, values: list[Value], memo: Memo) -> list[Value]:
+def _equation(eqn: Any, values: list[Value], book: _Book, frame: Frame) -> list[Value]:
     name, avals = eqn.primitive.name, [var.aval for var in eqn.outvars]
     if (call := compat.called_jaxpr(eqn)) is not None:
-        return _run(*call, values, memo)
-    if name in _CONTROL:
-        return _CONTROL[name](eqn, values, memo)
+        return _run(*call, values, book, Frame(call[0], eqn, frame))
     if name in _UNCHANGED and len(values) == len(avals):
         return values
+    if name in _CONTROL:
+        outputs = _CONTROL[name](eqn, values, book, frame)
+    elif not _is_known(name, values, avals):
+        outputs = [bounded(aval, *ANY, name, eqn.params, (*values,)) for aval in avals]
+    else:
+        key = (name, repr(eqn.params), str(avals), *map(id, values))
+        if key in book.memo:
+            return book.memo[key][1]
+        outputs = [_output(eqn, aval, values) for aval in avals]
+        # It keeps the operands, whose ids must not be used again.
+        book.memo[key] = values, outputs
+    given = set(map(id, values))
+    book.places.update({id(x): (eqn, frame) for x in outputs if id(x) not in given})
+    return outputs
+
+
+def _is_known(name: str, values: Sequence[Value], avals: Sequence[Any]) -> bool:
+    """Tells whether there is a rule for an operation on such values."""
     odd = any(0 in x.shape or not is_real(x) for x in values)
-    if odd or name not in RULES or (name in LOGIC and avals[0].dtype != np.bool_):
-        return [bounded(aval, *ANY) for aval in avals]
-    key = (name, repr(eqn.params), str(avals), *map(id, values))
-    if key not in memo:  # it keeps the operands, whose ids must not be used again
-        memo[key] = values, [_output(eqn, aval, values) for aval in avals]
-    return memo[key][1]
+    is_bits = name in LOGIC and avals[0].dtype != np.bool_
+    return not odd and name in RULES and not is_bits
 
 
 def _output(eqn: Any, aval: Any, values: list[Value]) -> Value:
@@ -141,7 +201,7 @@ def _output(eqn: Any, aval: Any, values: list[Value]) -> Value:
     return bounded(aval, *ends, name, params, tuple(values))
 
 
-def _loop(eqn: Any, values: list[Value], memo: Memo) -> list[Value]:
+def _loop(eqn: Any, values: list[Value], book: _Book, frame: Frame) -> list[Value]:
     """Joins the carry over all turns; an end that still moves after three is lost."""
     body, consts = compat.opened(eqn.params.get("jaxpr", eqn.params.get("body_jaxpr")))
     values = values[eqn.params.get("cond_nconsts", 0) :]
@@ -151,19 +211,27 @@ def _loop(eqn: Any, values: list[Value], memo: Memo) -> list[Value]:
     pairs = list(zip(values, body.invars, strict=True))
     rows = [(x, v.aval) for x, v in pairs if len(x.shape) > len(v.aval.shape)]
     if any(0 in x.shape for x, _ in rows):
-        return [bounded(var.aval, *ANY) for var in eqn.outvars]
-    xs = [bounded(aval, x.low.min(0), x.high.max(0)) for x, aval in rows]
+        origin = (eqn.primitive.name, eqn.params, tuple(values))
+        return [bounded(var.aval, *ANY, *origin) for var in eqn.outvars]
+    xs = [
+        bounded(aval, x.low.min(0), x.high.max(0), "row", {}, (x,)) for x, aval in rows
+    ]
     start, stop = len(values) - len(rows) - count, len(values) - len(rows)
-    carry = [bounded(x, *x[:2]) for x in values[start:stop]]
+    # Whatever goes into the loop may be in what it carries.
+    carry = [bounded(x, *x[:2], "carry", {}, (*values,)) for x in values[start:stop]]
     outputs: list[Value] = []
     turn, still = 0, -1
     while still < count:
-        outputs = _run(body, consts, [*values[:start], *carry, *xs], memo)
+        operands = [*values[:start], *carry, *xs]
+        outputs = _run(body, consts, operands, book, Frame(body, eqn, frame))
         grown = [_grown(x, y, turn) for x, y in zip(carry, outputs, strict=False)]
         still = sum(new is x for new, x in zip(grown, carry, strict=True))
         carry, turn = grown, turn + 1
     ends = [x[:2] for x in (*carry, *outputs[count:])]
-    return [bounded(var.aval, *end) for var, end in zip(eqn.outvars, ends, strict=True)]
+    return [
+        bounded(var.aval, *end, eqn.primitive.name, eqn.params, (last, *values))
+        for var, end, last in zip(eqn.outvars, ends, outputs, strict=True)
+    ]
 
 
 def _grown(x: Value, y: Value, turn: int) -> Value:
@@ -172,14 +240,21 @@ def _grown(x: Value, y: Value, turn: int) -> Value:
         return x
     far = math.inf if turn > 2 else 0.0
     low = np.where(lower, y.low - far, x.low)
-    return bounded(x, low, np.where(higher, y.high + far, x.high))
+    high = np.where(higher, y.high + far, x.high)
+    return bounded(x, low, high, x.name, x.params, x.operands)
 
 
-def _branches(eqn: Any, values: list[Value], memo: Memo) -> list[Value]:
-    bodies = map(compat.opened, eqn.params["branches"])
-    runs = zip(*(_run(*body, values[1:], memo) for body in bodies), strict=True)
-    ends = [hull(x[:2] for x in choices) for choices in runs]
-    return [bounded(var.aval, *end) for var, end in zip(eqn.outvars, ends, strict=True)]
+def _branches(eqn: Any, values: list[Value], book: _Book, frame: Frame) -> list[Value]:
+    bodies = list(map(compat.opened, eqn.params["branches"]))
+    runs = [
+        _run(*body, values[1:], book, Frame(body[0], eqn, frame)) for body in bodies
+    ]
+    choices = list(zip(*runs, strict=True))
+    ends = [hull(x[:2] for x in several) for several in choices]
+    return [
+        bounded(var.aval, *end, "cond", eqn.params, (values[0], *several))
+        for var, end, several in zip(eqn.outvars, ends, choices, strict=True)
+    ]
 
 
 _UNCHANGED = {

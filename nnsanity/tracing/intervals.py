@@ -163,6 +163,25 @@ def _total(aval: Any, params: dict, x: Value, *weights: Value) -> Ends:
     return total[0] - slack[0], total[1] + slack[1]
 
 
+def _shifted(_: Any, __: dict, x: Value, y: Value) -> Ends:
+    """Bits that are shifted to the right: a whole quotient by powers of two."""
+    if (x.low < 0).any() or (y.low < 0).any():
+        return ANY
+    return np.floor(x.low / 2.0**y.high), np.floor(x.high / 2.0**y.low)
+
+
+def _recast(aval: Any, _: dict, x: Value) -> Ends:
+    """Bits behind the exponent of 1, as random numbers are made of, lie in [1, 2]."""
+    if x.name != "or" or not _is_float(aval):
+        return ANY
+    info = jnp.finfo(aval.dtype)
+    one = float(int(np.ones((), aval.dtype).view(f"u{info.bits // 8}")))
+    digits, exponent = x.operands
+    is_digits = 0 <= digits.low.min() and digits.high.max() < 2**info.nmant
+    is_one = exponent.low.min() == exponent.high.max() == one
+    return (1.0, 2.0) if is_digits and is_one else ANY
+
+
 def _pooled(_: Any, params: dict, x: Value) -> Ends:
     # A window may lie in the padding, or in a hole, where the maximum is -inf.
     whole = not np.any(params["padding"]) and max(params["base_dilation"]) == 1
@@ -380,4 +399,6 @@ RULES: dict[str, Rule] = {
     "is_finite": lambda _, __, x: (_source(x).name == "reduce_max", 1.0),
     "iota": lambda aval, p: (0.0, aval.shape[p["dimension"]] - 1.0),
     "reduce_window_max": _pooled,
+    "shift_right_logical": _shifted,
+    "bitcast_convert_type": _recast,
 }

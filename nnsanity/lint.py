@@ -11,6 +11,7 @@ from nnsanity.tracing.batch_axis import meets_across_batch
 from nnsanity.tracing.bounds import Bounds, bounds_of, read
 from nnsanity.tracing.layers import inspect
 from nnsanity.tracing.loss_head import Squash, loss_head
+from nnsanity.tracing.mixing import mixes_examples
 from nnsanity.tracing.noise import noise_at_evaluation
 from nnsanity.tracing.reach import reach
 from nnsanity.tracing.replace import output_layer
@@ -82,6 +83,7 @@ def _lint_network(
         *final_activation.judge_head(head),
         *final_activation.judge_classes(squashes, activation, targets, where),
         *regularization.judge_noise(noise),
+        *results.judge_mixing(mixes_examples(apply_fn, params, inputs)),
     ]
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from nnsanity._tree import in_float32
 from nnsanity._types import Array, PyTree
-from nnsanity.findings import Finding, number
+from nnsanity.findings import Finding, listed, number
+from nnsanity.tracing.mixing import Mixing
 
 START_LIMIT = 3.0
 """Healthy loss at the start, in units of the best constant output's loss (Karpathy:
@@ -226,6 +227,39 @@ def judge_meeting(places: Sequence[str]) -> tuple[Finding, ...]:
         )
         for place in places
     )
+
+
+def judge_mixing(measured: Mixing) -> tuple[Finding, ...]:
+    """Says where one example looks at the others of its batch."""
+    found = [
+        _mixed(
+            place,
+            "warning",
+            "The output of an example depends on the other examples of its batch: a"
+            " sum, a maximum or a loop runs over them here.",
+            "Check the axis there: axis=-1 for a softmax over classes, time and not"
+            " batch for a recurrence. A model that compares examples by design says so"
+            " by ignore=.",
+        )
+        for place in measured.places
+    ]
+    if measured.normalized:
+        found.append(
+            _mixed(
+                listed(measured.normalized),
+                "info",
+                "Batch normalization uses the mean and the deviation of the batch"
+                " itself, so that outputs depend on what else is in it.",
+                "Right while training. Where you evaluate use the running averages:"
+                " use_running_average=True in Linen, model.eval() in NNX.",
+            )
+        )
+    return tuple(found)
+
+
+def _mixed(where: str, severity: str, message: str, advice: str) -> Finding:
+    rule = "results/mixes-examples"
+    return Finding(rule, 2, severity, where, 1.0, 0.0, message, advice)
 
 
 def judge_start(loss: float, constant_loss: float, limit: float) -> tuple[Finding, ...]:

@@ -102,7 +102,7 @@ def _follow(
 ) -> list[Label]:
     """Carries the labels of the inputs to the outputs."""
     known: dict[Any, Label] = dict(zip(jaxpr.invars, labels, strict=True))
-    for eqn in _used(jaxpr):
+    for eqn in used(jaxpr):
         operands = [_label_of(atom, known) for atom in eqn.invars]
         step = CALLS.get(eqn.primitive.name, _apply)
         results = step(eqn, operands, frame, found)
@@ -110,7 +110,7 @@ def _follow(
     return [_label_of(atom, known) for atom in jaxpr.outvars]
 
 
-def _used(jaxpr: compat.Jaxpr) -> list[compat.Equation]:
+def used(jaxpr: compat.Jaxpr) -> list[compat.Equation]:
     """Returns the equations that the outputs need; a metric beside them is no loss."""
     needed = {atom for atom in jaxpr.outvars if not compat.is_literal(atom)}
     used = []
@@ -282,19 +282,19 @@ def _same(eqn: compat.Equation) -> list[AxisMap]:
 
 def _same_but(eqn: compat.Equation) -> list[AxisMap]:
     """Axes stay but for those that the equation works along."""
-    named = _named(eqn)
+    named = named_axes(eqn)
     return [{a: b for a, b in axes.items() if a not in named} for axes in _same(eqn)]
 
 
 def _without(eqn: compat.Equation) -> list[AxisMap]:
     """The axes that the equation names are gone, the others close up."""
-    rank, named = len(eqn.invars[0].aval.shape), _named(eqn)
+    rank, named = len(eqn.invars[0].aval.shape), named_axes(eqn)
     kept = [axis for axis in range(rank) if axis not in named]
     axes = {axis: at for at, axis in enumerate(kept)}
     return [axes if len(atom.aval.shape) == rank else {} for atom in eqn.invars]
 
 
-def _named(eqn: compat.Equation) -> set[int]:
+def named_axes(eqn: compat.Equation) -> set[int]:
     names = ("axes", "axis", "dimensions", "dimension")
     last = len(eqn.invars[0].aval.shape) - 1
     named = next((eqn.params[name] for name in names if name in eqn.params), last)

@@ -25,8 +25,10 @@ from nnsanity.monitor.state import MonitorState
 from nnsanity.monitor.watch import Monitor, monitor
 from nnsanity.report import Report
 from nnsanity.signals import Signals, activations, value_and_grad
+from nnsanity.tracing.averaged import averaged_terms
 from nnsanity.tracing.bounds import Bounds, output_bounds
 from nnsanity.tracing.layers import Layer, Uninspected, layers
+from nnsanity.tracing.noise import Dropout, dropout_rates
 
 __version__ = "0.1.0"
 
@@ -34,6 +36,7 @@ __all__ = [
     "Bounds",
     "DeadUnits",
     "DiagnosisError",
+    "Dropout",
     "Finding",
     "GradientStats",
     "LRRange",
@@ -51,8 +54,10 @@ __all__ = [
     "Uninspected",
     "WeightStats",
     "activations",
+    "averaged_terms",
     "checkup",
     "dead_units",
+    "dropout_rates",
     "example_gradient_norms",
     "feature_moments",
     "gradient_noise_scale",

@@ -48,9 +48,7 @@ def free_of(value: Value, ancestry: Ancestry, depth: int = _DEPTH) -> int:
     if not value.operands:
         return ancestry.leaves(value)
     candidates = value.operands
-    if value.name in VIEWS:
-        candidates = value.operands[:1]
-    elif value.name == "div":
+    if value.name in VIEWS or value.name == "div":
         candidates = value.operands[:1]
     elif value.name not in _SUMS | _KEEPING | CONTRACTIONS | {"mul"}:
         return 0
@@ -81,8 +79,10 @@ def signs_of(value: Value, ancestry: Ancestry, depth: int = _DEPTH) -> Signs:
         return Signs(signs[0].high, signs[0].low)
     if value.name in ("mul", "div"):
         return _scaled(value, signs)
-    if value.name in ("max", "clamp"):
+    if value.name in ("max", "min", "clamp"):
         return _clipped(value, signs)
+    if value.name in ("add", "sub"):
+        return _shifted(value, signs)
     if value.name == "select_n":
         return _selected(value, ancestry, depth)
     return Signs()
@@ -97,16 +97,33 @@ def _scaled(value: Value, signs: list[Signs]) -> Signs:
     return Signs()
 
 
+def _shifted(value: Value, signs: list[Signs]) -> Signs:
+    """A sum with a constant, which keeps one of the signs."""
+    number, sign = constant(value.operands[1]), signs[0]
+    if number is None and value.name == "add":
+        number, sign = constant(value.operands[0]), signs[1]
+    if number is None:
+        return Signs()
+    number = -number if value.name == "sub" else number
+    return Signs(sign.low and number <= 0, sign.high and number >= 0)
+
+
 def _clipped(value: Value, signs: list[Signs]) -> Signs:
-    """The larger of a constant and something that falls below 0."""
-    limit = 0.0
+    """Something that falls below 0, or rises above, kept within constants."""
+    low = any(one.low for one in signs)
+    high = any(one.high for one in signs)
+    numbers = [constant(x) for x in value.operands]
     if value.name == "clamp":
-        limit = float(value.operands[0].high.max())
-    else:
-        limits = [x for x in map(constant, value.operands) if x is not None]
-        limit = limits[0] if limits else 1.0
-    is_low = limit <= 0 and any(one.low for one in signs)
-    return Signs(low=is_low, high=any(one.high for one in signs))
+        least, most = numbers[0], numbers[2]
+        if least is None or most is None:
+            return Signs()
+        return Signs(low and least <= 0, high and most >= 0)
+    number = next((x for x in numbers if x is not None), None)
+    if number is None:
+        return Signs()
+    if value.name == "max":
+        return Signs(low and number <= 0, high or number >= 0)
+    return Signs(low or number <= 0, high and number >= 0)
 
 
 def _selected(value: Value, ancestry: Ancestry, depth: int) -> Signs:

@@ -165,21 +165,20 @@ def _total(aval: Any, params: dict, x: Value, *weights: Value) -> Ends:
 
 def _shifted(_: Any, __: dict, x: Value, y: Value) -> Ends:
     """Bits that are shifted to the right: a whole quotient by powers of two."""
-    if (x.low < 0).any() or (y.low < 0).any():
-        return ANY
-    return np.floor(x.low / 2.0**y.high), np.floor(x.high / 2.0**y.low)
+    is_positive = (x.low >= 0).all() and (y.low >= 0).all()
+    ends = np.floor(x.low / 2.0**y.high), np.floor(x.high / 2.0**y.low)
+    return ends if is_positive else ANY
 
 
 def _recast(aval: Any, _: dict, x: Value) -> Ends:
     """Bits behind the exponent of 1, as random numbers are made of, lie in [1, 2]."""
     if x.name != "or" or not _is_float(aval):
         return ANY
-    info = jnp.finfo(aval.dtype)
-    one = float(int(np.ones((), aval.dtype).view(f"u{info.bits // 8}")))
-    digits, exponent = x.operands
-    is_digits = 0 <= digits.low.min() and digits.high.max() < 2**info.nmant
+    info, (digits, exponent) = jnp.finfo(aval.dtype), x.operands
+    one = int(np.ones((), aval.dtype).view(f"u{info.bits // 8}"))
     is_one = exponent.low.min() == exponent.high.max() == one
-    return (1.0, 2.0) if is_digits and is_one else ANY
+    is_below = digits.low.min() >= 0 and digits.high.max() < 2**info.nmant
+    return (1.0, 2.0) if is_one and is_below else ANY
 
 
 def _pooled(_: Any, params: dict, x: Value) -> Ends:
@@ -249,10 +248,9 @@ def _guards(condition: Value, *, truth: bool) -> list[tuple[Value, Ends]]:
     if name in ("gt", "ge", "lt", "le"):
         x, y = operands if (name in ("gt", "ge")) == truth else operands[::-1]
         return [(x, (y.low, _INF)), (y, (-_INF, x.high))]
-    both = name == ("and" if truth else "or")
-    return (
-        [guard for x in operands for guard in _guards(x, truth=truth)] if both else []
-    )
+    if name != ("and" if truth else "or"):
+        return []
+    return [guard for x in operands for guard in _guards(x, truth=truth)]
 
 
 def _within(x: Value, guards: list[tuple[Value, Ends]], depth: int = 3) -> Ends:
@@ -353,10 +351,7 @@ _LIMITS: dict[str, dict[str, Ends]] = {  # of f(x, y) where y is of a kind to x
     "eq": {"same": (1.0, 1.0)},
 }
 LOGIC = ("and", "or", "not")
-_RISING = (
-    *("exp", "exp2", "expm1", "tanh", "cbrt", "floor", "ceil", "sign", "sinh"),
-    *("asinh", "atan"),
-)
+_RISING = "exp exp2 expm1 tanh cbrt floor ceil sign sinh asinh atan".split()
 RULES: dict[str, Rule] = {
     **{name: _monotone(getattr(np, name)) for name in _RISING},
     **{name: _monotone(getattr(np, name), 0.0) for name in ("log", "log2", "sqrt")},

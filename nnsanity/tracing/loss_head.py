@@ -1,4 +1,4 @@
-"""What a loss does with the outputs of a network: its softmax, sigmoid and logarithm."""
+"""What a loss does with the outputs of a network: softmax, sigmoid and logarithm."""
 
 import math
 from collections.abc import Iterator
@@ -49,7 +49,6 @@ class Squash(NamedTuple):
         if self.kind == "sigmoid":
             return 1 / (1 + math.exp(min(-self.low, 700.0)))
         return 0.0
-
 
     @property
     def is_one_sided(self) -> bool:
@@ -222,10 +221,10 @@ def _bare(value: Value) -> Value:
         if value.name == "abs":
             value = value.operands[0]
         elif value.name in ("max", "min", "clamp"):
-            rest = [x for x in value.operands if constant(x) is None]
-            if len(rest) != 1:
+            unknown = [x for x in value.operands if constant(x) is None]
+            if len(unknown) != 1:
                 return value
-            value = rest[0]
+            value = unknown[0]
         elif value.name == "add" and (rest := _beside(value, 1e-2)):
             value = rest
         else:
@@ -258,9 +257,8 @@ def _signed(value: Value) -> Value:
     """Leaves out signs: of ``exp(-abs(x))``, or of ``1 - sigmoid(-x)``."""
     for _ in range(40):
         value = viewed(value)
-        if value.name in ("neg", "abs"):
-            value = value.operands[0]
-        elif value.name in ("sub", "add") and constant(value.operands[1]) == 0:
+        is_shift = value.name in ("sub", "add") and constant(value.operands[1]) == 0
+        if is_shift or value.name in ("neg", "abs"):
             value = value.operands[0]
         elif value.name == "sub" and constant(value.operands[0]) == 0:
             value = value.operands[1]

@@ -7,7 +7,7 @@ import jax
 
 from nnsanity._types import ApplyFn, Params, PyTree
 from nnsanity.tracing import compat
-from nnsanity.tracing.batch_axis import RULES, named_axes, used
+from nnsanity.tracing.axes import RULES, named_axes, used
 from nnsanity.tracing.operations import CONTRACTIONS
 from nnsanity.tracing.reach import Frame, body_of, place
 

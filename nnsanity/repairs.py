@@ -181,7 +181,7 @@ def _head_repairs(problem: Problem) -> tuple[Repair, ...]:
                 "leaving out the last activation",
                 "head",
                 lambda copy, key: copy._replace(head=jnp.int32(HEAD_LEFT_OUT)),
-                ("final-activation/unreachable-targets",),
+                final_activation.SUSPECTED,
                 final_activation.harmful_head(head, problem.kind),
             )
         )
@@ -192,7 +192,7 @@ def _head_repairs(problem: Problem) -> tuple[Repair, ...]:
                 f"{name} as the last activation",
                 "head",
                 lambda copy, key: copy._replace(head=jnp.int32(HEAD_SQUASHED)),
-                ("final-activation/unreachable-targets",),
+                final_activation.UNSQUASHED,
                 final_activation.unsquashed_head(head, name),
             )
         )

@@ -24,6 +24,20 @@ BEST_LIMIT = 0.95
 numbers within [0, 1] gives 0.73 to one of two classes, and 0.23 to one of ten."""
 UNREACHABLE_LIMIT = 0.01
 """Share of targets out of reach from which on it is an error."""
+SUSPECTED = (
+    "final-activation/unreachable-targets",
+    "final-activation/double-softmax",
+    "final-activation/logits-expected",
+    "final-activation/relu-head",
+    "final-activation/clipped-output",
+)
+"""Rules that leaving out the last activation confirms, the likeliest first."""
+UNSQUASHED = (
+    "final-activation/probabilities-expected",
+    "final-activation/unreachable-targets",
+    "final-activation/independent-classes",
+)
+"""Rules that a softmax or a sigmoid as the last activation confirms."""
 _TOLERANCE = 1e-4
 
 

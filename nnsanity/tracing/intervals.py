@@ -49,7 +49,7 @@ def bounded(aval: Any, low: Any, high: Any, *origin: Any) -> Value:
         low, high = np.min(low, initial=_INF), np.max(high, initial=-_INF)
     rank = (1,) * (len(shape) - low.ndim)
     low, high = low.reshape(rank + low.shape), high.reshape(rank + high.shape)
-    for axis in range(len(shape)):
+    for axis in range(len(shape) if low.size > 1 else 0):
         first_low, first_high = low.take([0], axis), high.take([0], axis)
         if (low == first_low).all() and (high == first_high).all():
             low, high = first_low, first_high
@@ -58,7 +58,7 @@ def bounded(aval: Any, low: Any, high: Any, *origin: Any) -> Value:
 
 def _rounded_up(high: np.ndarray, dtype: Any) -> np.ndarray:
     """Rounds to what an operation in ``dtype`` may give; what it holds stays."""
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if np.isinf(high).all() or not jnp.issubdtype(dtype, jnp.floating):
         return np.ceil(high)
     info = jnp.finfo(dtype)
     wider = high + 16 * float(info.eps) * np.abs(high) + float(info.tiny)  # exp and kin
@@ -351,9 +351,10 @@ _LIMITS: dict[str, dict[str, Ends]] = {  # of f(x, y) where y is of a kind to x
     "eq": {"same": (1.0, 1.0)},
 }
 LOGIC = ("and", "or", "not")
-_RISING = "exp exp2 expm1 tanh cbrt floor ceil sign sinh asinh atan".split()
+_RISING = ("exp", "exp2", "expm1", "tanh", "cbrt", "floor", "ceil", "sign")
 RULES: dict[str, Rule] = {
     **{name: _monotone(getattr(np, name)) for name in _RISING},
+    **{name: _monotone(getattr(np, name)) for name in ("sinh", "asinh", "atan")},
     **{name: _monotone(getattr(np, name), 0.0) for name in ("log", "log2", "sqrt")},
     **{name: _even(getattr(np, name)) for name in ("abs", "square", "cosh")},
     **{n: _monotone(np.vectorize(getattr(math, n), [float])) for n in ("erf", "erfc")},

@@ -178,8 +178,10 @@ def _softmax(total: Value) -> Iterator[tuple[str, Value, int]]:
     if exp is None:
         return
     argument, axes = _moved(exp.operands[0]), total.params["axes"]
-    if argument.name == "sub" and _is_shared(argument.operands[1], axes):
-        argument = argument.operands[0]
+    if argument.name == "sub":
+        argument, less = argument.operands
+        if constant(less) is not None or not _is_shared(less, axes):
+            argument = _moved(exp.operands[0])
     num_classes = math.prod(exp.shape[axis] for axis in axes)
     yield "softmax", argument, num_classes
 
@@ -190,20 +192,14 @@ def _softplus(exp: Value) -> Iterator[tuple[str, Value, int]]:
         yield "sigmoid", _signed(exp.operands[0]), 2
 
 
-def _exponential(value: Value) -> Value | None:
+def _exponential(value: Value, depth: int = 8) -> Value | None:
     """Finds the exponential below a mask, a weight or a view."""
-    for _ in range(8):
-        value = viewed(value)
-        if value.name == "exp":
-            return value
-        if value.name == "select_n":
-            value = max(value.operands[1:], key=lambda one: one.name != "")
-        elif value.name == "mul":
-            factors = [x for x in value.operands if viewed(x).name in ("exp", "mul")]
-            value = factors[0] if factors else value.operands[0]
-        if not value.operands:
-            return None
-    return None
+    value = viewed(value)
+    if value.name == "exp" or not depth:
+        return value if value.name == "exp" else None
+    below = {"select_n": value.operands[1:], "mul": value.operands}
+    found = (_exponential(x, depth - 1) for x in below.get(value.name, ()))
+    return next((one for one in found if one is not None), None)
 
 
 def _is_shared(value: Value, axes: tuple[int, ...]) -> bool:
@@ -274,28 +270,41 @@ def _squash(kind: str, argument: Value, num_classes: int, where: str) -> Squash:
 
 
 def _maker(value: Value) -> str:
-    """Names the softmax or the sigmoid before a change of unit, or what comes last."""
-    last = viewed(value).name
+    """Names what made some numbers, before a change of their unit.
+
+    A softmax or a sigmoid, limited or not; else the last operation, or the limit.
+    """
+    limit = ""
     for _ in range(40):
         value = viewed(value)
         if squash := _squash_of(value):
             return squash
         if value.name in ("concatenate", "stack"):
             makers = {_maker(x) for x in value.operands}
-            return makers.pop() if len(makers) == 1 else last
-        numbers = [constant(x) for x in value.operands]
-        if value.name == "sub" and numbers[0] is not None:
-            value = value.operands[1]
-        elif value.name in _AFFINE and sum(x is None for x in numbers) == 1:
-            value = value.operands[numbers.index(None)]
-        elif value.name == "reduce_sum" and _within_unit(value.operands[0]):
-            value = value.operands[0]
-        else:
-            return last
-    return last
+            return limit or (makers.pop() if len(makers) == 1 else value.name)
+        unknown = _unmasked(value)
+        is_single = len(unknown) == 1 and value.name in {"select_n"} | _AFFINE | _LIMITS
+        is_average = value.name == "reduce_sum" and _within_unit(unknown[0])
+        if not is_single and not is_average:
+            break
+        limit = limit or (value.name if value.name in _LIMITS else "")
+        value = unknown[0]
+    return limit or value.name
 
 
-_AFFINE = frozenset({"mul", "div", "add", "sub", "neg", "clamp", "min", "max"})
+def _unmasked(value: Value) -> list[Value]:
+    """Returns the operands that are no constants; of a mask what it lets through."""
+    unknown = [x for x in value.operands if constant(x) is None]
+    if value.name != "select_n":
+        return unknown
+    which, *cases = value.operands
+    compared = {id(viewed(x)) for x in which.operands}
+    kept = [x for x in unknown if x is not which and id(viewed(x)) not in compared]
+    return kept if len(cases) == 2 and len(unknown) == 2 else []
+
+
+_AFFINE = frozenset({"mul", "div", "add", "sub", "neg"})
+_LIMITS = frozenset({"clamp", "min", "max"})
 
 
 def _squash_of(value: Value) -> str:

@@ -204,6 +204,15 @@ def test_keys_and_complex_numbers_are_let_through():
     assert interval(lambda x: jnp.abs(x * 1j)) == (-INF, INF)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_uniform_random_numbers(dtype):
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    draw = lambda k: jax.random.uniform(k, (3,), dtype, -2, 3)  # noqa: E731
+    low, high = interval(draw, key)
+    assert (low, high) == pytest.approx((-2, 3), abs=0.1)
+    assert low <= -2 <= 3 <= high
+
+
 def test_scan_over_layers_with_a_bounded_carry():
     def network(params, x):
         def layer(h, weight):
@@ -325,6 +334,8 @@ UNARY = [
     *(lambda x: jax.lax.fori_loop(0, 3, lambda i, c: jnp.sin(c) + i * 0.1, x),),
     *(lambda x: jax.lax.scan(lambda c, r: (c * 0.5 + r, jnp.tanh(c)), x[0], x)[1],),
     *(lambda x: jax.lax.cond(x.sum() > 0, jnp.exp, lambda y: y * y, x),),
+    *(lambda x: x * jax.random.uniform(jax.random.key(3), x.shape, minval=-1),),
+    *(lambda x: (jnp.abs(x).clip(0, 999).astype(jnp.uint32) >> 1).astype(jnp.float32),),
 ]
 BINARY = [
     *(jnp.add, jnp.subtract, jnp.multiply, jnp.maximum, jnp.minimum, jnp.divide),

@@ -52,9 +52,9 @@ def free_of(value: Value, ancestry: Ancestry, depth: int = _DEPTH) -> int:
         candidates = value.operands[:1]
     elif value.name not in _SUMS | _KEEPING | CONTRACTIONS | {"mul"}:
         return 0
-    for x in candidates:
+    for at, x in enumerate(candidates):
         own = free_of(x, ancestry, depth - 1)
-        others = [y for y in value.operands if y is not x]
+        others = [*value.operands[:at], *value.operands[at + 1 :]]
         is_zero = value.name not in _SUMS and any(constant(y) == 0 for y in others)
         if own and not is_zero and not any(ancestry.leaves(y) & own for y in others):
             return own

@@ -119,7 +119,7 @@ def _share_below(random: Value, limit: Value) -> float:
     is_known = most - least <= 1e-5 * (high - low)  # it is computed, and so rounded
     if not is_known or not high > low:
         return math.nan
-    return min(max((least - low) / (high - low), 0.0), 1.0)
+    return min(max(((least + most) / 2 - low) / (high - low), 0.0), 1.0)
 
 
 def _is_uniform(value: Value) -> bool:

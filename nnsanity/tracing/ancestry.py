@@ -33,6 +33,7 @@ class Ancestry:
         self.reading = reading
         self.values = ordered(reading.outputs)
         self._leaves = {id(x): 1 << at for at, x in enumerate(reading.inputs)}
+        self._users: dict[int, list[Value]] = {}
         self._masks = []
         for at, size in enumerate(sizes):
             self._masks.append(((1 << size) - 1) << sum(sizes[:at]))
@@ -40,11 +41,16 @@ class Ancestry:
             leaves = self._leaves.get(id(value), 0)
             for operand in value.operands:
                 leaves |= self._leaves[id(operand)]
+                self._users.setdefault(id(operand), []).append(value)
             self._leaves[id(value)] = leaves
 
     def leaves(self, value: Value) -> int:
         """Returns the leaves of the arguments that a value is made of, a bit each."""
         return self._leaves[id(value)]
+
+    def users(self, value: Value) -> list[Value]:
+        """Returns what is made of a value, without anything in between."""
+        return self._users.get(id(value), [])
 
     def holds(self, value: Value, argument: int) -> bool:
         """Tells whether a value is made of an argument, counted from 0."""

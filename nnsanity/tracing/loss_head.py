@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 
 from nnsanity._types import LossFn, Params, PyTree
-from nnsanity.tracing.ancestry import Ancestry, constant, viewed
+from nnsanity.tracing.ancestry import VIEWS, Ancestry, constant, viewed
 from nnsanity.tracing.attained import signs_of
 from nnsanity.tracing.bounds import read
 from nnsanity.tracing.intervals import Value
@@ -121,7 +121,7 @@ def loss_head(loss_fn: LossFn, params: Params, batch: PyTree) -> LossHead:
             if _is_learned(argument, ancestry):
                 key = kind, id(argument)
                 squashes.setdefault(key, _squash(kind, argument, num_classes, where))
-        if _can_be_of_nothing(value, ancestry):
+        if _can_be_of_nothing(value, ancestry) and not _is_passed_over(value, ancestry):
             (ends,) = value.operands
             low, high = float(ends.low.min()), float(ends.high.max())
             logarithms.append(Logarithm(low, high, where))
@@ -143,6 +143,29 @@ def _can_be_of_nothing(value: Value, ancestry: Ancestry) -> bool:
         return signs_of(argument, ancestry).low
     never = bool(argument.high.max() <= -1)
     return never or (argument.low.min() < -1 and signs_of(argument, ancestry).low)
+
+
+def _is_passed_over(value: Value, ancestry: Ancestry) -> bool:
+    """Tells a logarithm that is taken everywhere and chosen by its argument's sign.
+
+    ``where(p > 0, p * log(p), 0)`` never lets out what the logarithm of 0 is.
+    """
+    argument, waiting = viewed(value.operands[0]), [value]
+    for _ in range(40):
+        if not waiting:
+            return True
+        users = ancestry.users(waiting.pop())
+        for user in users:
+            which = viewed(user.operands[0])
+            compared = [id(viewed(x)) for x in which.operands]
+            if user.name == "select_n" and id(argument) in compared:
+                continue
+            if user.name not in _AFFINE | VIEWS:
+                return False
+            waiting.append(user)
+        if not users:
+            return False
+    return False
 
 
 def _squashed(value: Value) -> Iterator[tuple[str, Value, int]]:

@@ -24,16 +24,23 @@ def lint(
 
     Finds parameters that no gradient reaches (``gradients/blocked``) or that nothing
     uses (``gradients/disconnected-parameter``), outputs that meet the targets of other
-    examples (``results/broadcast-loss``), and outputs that are the same whatever the
-    parameters are (``final-activation/constant-output``).  Costs three traces and no
-    arithmetic.
+    examples (``results/broadcast-loss``), a softmax of a softmax
+    (``final-activation/double-softmax``) and a logarithm of what can be 0 or below
+    (``final-activation/probabilities-expected``).  In the network itself: outputs that
+    no parameters change (``final-activation/constant-output``), examples that depend on
+    each other (``results/mixes-examples``) and random numbers
+    (``regularization/noise-at-evaluation``).  Suspicions about the head are
+    infos.  docs/lint.md lists the rules.
+
+    Costs six traces and no arithmetic, in time linear in the size of the program.
 
     Args:
         loss_fn: ``loss_fn(params, batch) -> scalar``.
         params: any pytree of arrays or of ``jax.ShapeDtypeStruct``.
         batch: any pytree of arrays or shapes; where it is a pair, ``batch[1]`` are the
             targets.
-        apply_fn: the network alone; the rule about its output needs it.
+        apply_fn: the network alone, as it is evaluated; the rules about its outputs
+            need it.
 
     Returns:
         The findings, proofs first.

@@ -69,3 +69,36 @@ def test_shapes_are_enough(builder):
         assert found == ()
     else:
         assert found == lint(program)
+
+
+@pytest.mark.parametrize(
+    ("builder", "words"),
+    [
+        ("softmax_and_optax_integer_labels", ("softmax already", "57.6%", "0.551")),
+        ("sigmoid_and_optax_binary", ("sigmoid already", "73.1%", "0.313")),
+        ("relu_as_logits", ("max", "below 50%")),
+        ("tanh_as_logits", ("tanh", "73.1%")),
+        ("logarithm_of_logits", ("negative", "-inf")),
+        ("logarithm_of_relu", ("can be 0", "from 0 to inf")),
+        ("relu_at_the_end", ("relu", "at 0")),
+        ("clip_at_the_end", ("-1 and 1",)),
+        ("softmax_where_several_are_true", ("Up to 2 classes",)),
+        ("batch_normalization_while_evaluating", ("Batch normalization",)),
+        ("quantized_without_a_way_around", ("encoder", "argmin")),
+    ],
+)
+def test_the_message_says_what_was_read(builder, words):
+    (program,) = [one(True) for one in PAIRS if one.__name__ == builder]
+    (found,) = lint(program)
+    assert [word for word in words if word not in found.message] == []
+    assert found.advice
+
+
+def test_the_page_lists_the_rules():
+    page = (Path(ns.__file__).parents[1] / "docs" / "lint.md").read_text()
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    listed = {row[1].strip(" `"): row[2].strip() for row in rows}
+    errors_first = sorted(PAIRS.values(), key=lambda row: row[1] != "error")
+    severities = {rule: severity for rule, severity, _ in reversed(errors_first)}
+    severities["results/mixes-examples"] = "warning"  # info for a batch normalization
+    assert listed == severities

@@ -17,8 +17,8 @@ class Signs(NamedTuple):
     """What is proved to happen for some parameters.
 
     Attributes:
-        low: the value is 0 or below.
-        high: the value is 0 or above.
+        low: some element of the value is 0 or below.
+        high: some element is 0 or above.
     """
 
     low: bool = False
@@ -27,12 +27,8 @@ class Signs(NamedTuple):
 
 _BOTH = Signs(low=True, high=True)
 _SUMS = frozenset({"add", "add_any", "sub"})
-_KEEPING = frozenset(
-    {
-        *("reduce_sum", "reduce_max", "reduce_min", "cumsum", "concatenate", "stack"),
-        *("sort", "cummax", "cummin", "pad", "neg", "optimization_barrier"),
-    }
-)
+_LINEAR = _SUMS | CONTRACTIONS | {"mul", "reduce_sum", "cumsum", "neg"}
+_JOINING = frozenset({"concatenate", "stack"})
 _ODD = frozenset(
     {"tanh", "sinh", "asinh", "atan", "cbrt", "erf", "sin", "expm1", "sign", "round"}
 )
@@ -50,7 +46,7 @@ def free_of(value: Value, ancestry: Ancestry, depth: int = _DEPTH) -> int:
     candidates = value.operands
     if value.name in VIEWS or value.name == "div":
         candidates = value.operands[:1]
-    elif value.name not in _SUMS | _KEEPING | CONTRACTIONS | {"mul"}:
+    elif value.name not in _LINEAR:
         return 0
     for at, x in enumerate(candidates):
         own = free_of(x, ancestry, depth - 1)
@@ -72,9 +68,11 @@ def signs_of(value: Value, ancestry: Ancestry, depth: int = _DEPTH) -> Signs:
         return Signs(low=True)
     if free_of(value, ancestry, depth):
         return _BOTH
-    signs = [signs_of(x, ancestry, depth - 1) for x in value.operands[:3]]
+    signs = [signs_of(x, ancestry, depth - 1) for x in value.operands]
     if value.name in VIEWS or value.name in _ODD:
         return signs[0]
+    if value.name in _JOINING:
+        return Signs(any(x.low for x in signs), any(x.high for x in signs))
     if value.name == "neg":
         return Signs(signs[0].high, signs[0].low)
     if value.name in ("mul", "div"):

@@ -35,7 +35,6 @@ FREE = {
     "in other units": lambda p, x: 5 - layer(p, x) / 3,
     "a norm's scale and shift": lambda p, x: jnp.tanh(x @ p["w"]) * p["scale"] + p["b"],
     "cast": lambda p, x: layer(p, x).astype(jnp.bfloat16),
-    "joined": lambda p, x: jnp.concatenate([layer(p, x), jnp.tanh(x)], -1),
 }
 BOUND = {
     "tanh": lambda p, x: jnp.tanh(layer(p, x)),
@@ -44,6 +43,8 @@ BOUND = {
     "weights that are squared": lambda p, x: x @ p["w"] ** 2,
     "times nothing": lambda p, x: layer(p, x) * 0.0,
     "data": lambda p, x: x,
+    "the largest of some": lambda p, x: (x @ p["w"]).max(0),
+    "the larger of it and 5": lambda p, x: jnp.maximum(layer(p, x), 5.0),
     "centred": lambda p, x: p["b"] - p["b"].mean(),
 }
 
@@ -70,6 +71,11 @@ CHAIN = [
         lambda x: jnp.where(x > 0, x, 1.0),
         lambda x: x * x.mean(),
         lambda x: x - x.max(),
+        lambda x: jnp.concatenate([x, x**2 + 1]),
+        lambda x: x.max(0, keepdims=True),
+        lambda x: jnp.sort(x, 0),
+        lambda x: jnp.pad(x, 1, constant_values=7),
+        jnp.cumsum,
     ),
 ]
 

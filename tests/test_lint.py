@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -126,3 +127,47 @@ def test_constant_outputs_of_a_tree(constant):
 def test_the_loss_must_be_a_scalar():
     with pytest.raises(ValueError, match="scalar"):
         ns.lint(lambda p, b: (linear(p, b[0]) - b[1]) ** 2, PARAMS, BATCH)
+
+
+@jax.custom_vjp
+def own_derivative(x):
+    return jnp.round(x)
+
+
+own_derivative.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
+ODD = {
+    "complex": lambda y: jnp.abs(jnp.fft.fft(y)),
+    "bfloat16": lambda y: y.astype(jnp.bfloat16).astype(jnp.float32),
+    "nothing": lambda y: y[:, :0].sum(-1, keepdims=True) + y,
+    "own derivative": own_derivative,
+    "loop": lambda y: jax.lax.while_loop(lambda c: c.sum() < 9, lambda c: c + y, y),
+    "cholesky": lambda y: jnp.linalg.cholesky(jnp.eye(8)) @ y @ jnp.eye(1),
+    "matrix functions": lambda y: y * jnp.linalg.slogdet(y[:1, :1] ** 2 + 1)[1],
+    "associative scan": lambda y: jax.lax.associative_scan(jnp.add, y, axis=1),
+    "callback": lambda y: (
+        y
+        + jax.pure_callback(
+            lambda: np.float32(1), jax.ShapeDtypeStruct((), jnp.float32)
+        )
+    ),
+    "scatter": lambda y: jnp.zeros((8, 1)).at[jnp.arange(8)].add(y),
+    "window": lambda y: jax.lax.reduce_window(
+        y, -jnp.inf, jax.lax.max, (1, 1), (1, 1), "SAME"
+    ),
+    "interpolation": lambda y: jnp.interp(y, jnp.arange(3.0), jnp.arange(3.0)),
+    "own reduction": lambda y: jax.lax.reduce(y, 0.0, lambda a, b: a + b, (1,))[
+        :, None
+    ],
+    "segments": lambda y: jax.ops.segment_sum(y, jnp.arange(8), 8),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_operations_that_are_not_known_are_read_past(name):
+    apply_fn = head(ODD[name])
+    assert ns.lint(squared(apply_fn), PARAMS, BATCH, apply_fn=apply_fn) == ()
+
+
+def test_keys_and_whole_numbers_among_the_parameters():
+    params = PARAMS | {"key": jax.random.key(0), "step": jnp.arange(3), "none": None}
+    assert ns.lint(squared(linear), params, BATCH, apply_fn=linear) == ()

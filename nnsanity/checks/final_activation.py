@@ -25,6 +25,7 @@ numbers within [0, 1] gives 0.73 to one of two classes, and 0.23 to one of ten."
 UNREACHABLE_LIMIT = 0.01
 """Share of targets out of reach from which on it is an error."""
 SUSPECTED = (
+    "final-activation/constant-output",
     "final-activation/unreachable-targets",
     "final-activation/double-softmax",
     "final-activation/logits-expected",

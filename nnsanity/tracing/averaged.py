@@ -49,9 +49,10 @@ def averaged_terms(loss_fn: LossFn, params: Params, batch: PyTree) -> dict[str, 
 
     Returns:
         A number for each inexact leaf, named as ``ns.leaf_names`` does: how often one
-        of its elements meets data, summed over all its uses; of a table that is looked
-        up in, the number of look-ups.  0 for a leaf that meets none, NaN inside of a
-        ``while`` loop or a ``shard_map``, whose turns and devices are not counted.
+        of its elements meets data, on average over them and summed over all uses; of a
+        table that is looked up in, the number of look-ups.  0 for a leaf that meets
+        none, NaN inside of a ``while`` loop or a ``shard_map``, whose turns and devices
+        are not counted.
 
     Example:
         >>> import jax.numpy as jnp
@@ -124,6 +125,8 @@ def _uses(eqn: compat.Equation, index: int) -> float:
     if name == "conv_general_dilated" and index == 1:
         features = eqn.params["dimension_numbers"].out_spec[1]
         return out / eqn.outvars[0].aval.shape[features]
+    if name == "ragged_dot_general" and index == 1:
+        return out * eqn.invars[0].aval.shape[-1] / size
     if name == "gather":
         return out / max(math.prod(eqn.params["slice_sizes"]), 1)
     return out / size if name in ELEMENTWISE else 1.0

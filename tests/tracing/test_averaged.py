@@ -60,6 +60,11 @@ W, B = jnp.ones((D, H)), jnp.zeros(H)
         (lambda p, x: x @ (p["u"] @ p["v"]), {"u": W, "v": W.T @ W}, {"u": N, "v": N}),
         (lambda p, x: jnp.concatenate([x, p]), TABLE[:1], {"params": 1}),
         (lambda p, x: x.sum() + jnp.sum(p**2), W, {"params": 0}),
+        (
+            lambda p, x: jax.lax.ragged_dot(x, p, jnp.array([1, 3], jnp.int32)),
+            jnp.ones((2, D, H)),
+            {"params": N / 2},
+        ),
         (lambda p, x: jnp.tanh(x), W, {"params": 0}),
         (lambda p, x: jax.checkpoint(lambda w: jnp.tanh(x @ w))(p), W, {"params": N}),
         (

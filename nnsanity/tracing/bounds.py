@@ -150,9 +150,10 @@ def _run(
     def value_of(atom: Any) -> Value:
         if not compat.is_literal(atom):
             return known[atom]
-        key = ("literal", str(atom.aval), repr(atom.val))
-        constant = [_constant(atom.val, atom.aval)]
-        return book.memo.setdefault(key, ([], constant))[1][0]
+        key = ("literal", _kind(atom.aval), np.asarray(atom.val).tobytes())
+        if key not in book.memo:
+            book.memo[key] = [], [_constant(atom.val, atom.aval)]
+        return book.memo[key][1][0]
 
     for eqn in jaxpr.eqns:
         outputs = _equation(eqn, [value_of(atom) for atom in eqn.invars], book, frame)
@@ -171,7 +172,8 @@ def _equation(eqn: Any, values: list[Value], book: _Book, frame: Frame) -> list[
     elif not _is_known(name, values, avals):
         outputs = [bounded(aval, *ANY, name, eqn.params, (*values,)) for aval in avals]
     else:
-        key = (name, repr(eqn.params), str(avals), *map(id, values))
+        params = repr(eqn.params) if eqn.params else ""
+        key = (name, params, *map(_kind, avals), *map(id, values))
         if key in book.memo:
             return book.memo[key][1]
         outputs = [_output(eqn, aval, values) for aval in avals]
@@ -180,6 +182,10 @@ def _equation(eqn: Any, values: list[Value], book: _Book, frame: Frame) -> list[
     given = set(map(id, values))
     book.places.update({id(x): (eqn, frame) for x in outputs if id(x) not in given})
     return outputs
+
+
+def _kind(aval: Any) -> tuple:
+    return getattr(aval, "shape", ()), getattr(aval, "dtype", None)
 
 
 def _is_known(name: str, values: Sequence[Value], avals: Sequence[Any]) -> bool:

@@ -12,7 +12,7 @@ CLASSES = (INPUTS[:, 0] > 0).astype(int) + 2 * (INPUTS[:, 1] > 0)
 PARAMS = {"w": 0.1 * jax.random.normal(jax.random.key(1), (3, 4)), "b": jnp.zeros(4)}
 
 
-def check(head, loss, targets, params=PARAMS, rate=0.3):
+def check(head, loss, targets, params=PARAMS, rate=0.3, **options):
     def apply_fn(params, x):
         return head(x @ params["w"] + params["b"])
 
@@ -24,12 +24,14 @@ def check(head, loss, targets, params=PARAMS, rate=0.3):
         key=jax.random.key(2),
         optimizer=optax.sgd(rate),
         num_steps=60,
+        **options,
     )
 
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [jax.nn.softmax, lambda x: x])
 def test_a_softmax_twice_leads_and_one_is_fine(head):
     report = check(head, cross_entropy, CLASSES)
@@ -42,6 +44,7 @@ def test_a_softmax_twice_leads_and_one_is_fine(head):
         assert rules == []
 
 
+@pytest.mark.slow
 def test_a_suspicion_becomes_a_cause_where_its_repair_helps():
     params = {"w": jnp.zeros((3, 1)), "b": -jnp.ones(1)}  # never positive
     targets = jnp.abs(INPUTS[:, :1]) + INPUTS[:, 1:2] + 3
@@ -66,6 +69,6 @@ def test_noise_and_mixing_are_told():
         noise = jax.random.normal(jax.random.key(3), x.shape)
         return x - x.mean(0) + 0.001 * noise
 
-    report = check(head, cross_entropy, CLASSES)
+    report = check(head, cross_entropy, CLASSES, interventions=False)
     rules = {one.rule for one in report.findings if one.severity == "warning"}
     assert rules == {"regularization/noise-at-evaluation", "results/mixes-examples"}

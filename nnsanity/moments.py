@@ -1,12 +1,14 @@
 """Moments of every feature: mergeable over batches and devices, stable in float32."""
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnsanity._tree import in_float32
+from nnsanity._tree import in_float32, is_inexact
 from nnsanity._types import Array
 
 _CONSTANT = 1e-6
@@ -45,6 +47,11 @@ class Moments(NamedTuple):
         size = jnp.maximum(jnp.abs(self.mean), jnp.finfo(self.mean.dtype).tiny)
         return (self.minimum == self.maximum) | ~(self.deviation > _CONSTANT * size)
 
+    @property
+    def scale(self) -> Array:
+        """What to divide each feature by: its deviation, 1 where it is constant."""
+        return jnp.where(self.is_constant, 1, self.deviation)
+
 
 def feature_moments(values: Array, *, axis_name: str | None = None) -> Moments:
     """Measures mean, deviation and range of every feature.
@@ -52,7 +59,8 @@ def feature_moments(values: Array, *, axis_name: str | None = None) -> Moments:
     Features lie on the last axis (channels, for images); all axes before it are
     averaged over.  Values without a second axis are one feature.  NaN and infinite
     values are counted and left out.  Two passes in float32 keep the deviation right
-    where the mean is far larger.  Costs about two reads of the values.
+    where the mean is far larger.  Costs about four reads of the values, more where some
+    are not finite.
 
     Args:
         values: [..., features] or [examples], of any dtype.
@@ -74,29 +82,48 @@ def feature_moments(values: Array, *, axis_name: str | None = None) -> Moments:
         Chan, Golub and LeVeque (1983), "Algorithms for computing the sample variance".
     """
     values = _checked(values)
+    axes = tuple(range(max(values.ndim - 1, 1)))
+    lowest, highest = jnp.min(values, axes), jnp.max(values, axes)
+    is_finite = jnp.all(jnp.isfinite(lowest) & jnp.isfinite(highest))
+    # Asking every number whether it is finite costs more than all the rest.
+    moments = jax.lax.cond(
+        is_finite, _moments_of_finite, _moments_of_any, values, lowest, highest
+    )
+    return moments if axis_name is None else _merged_over(moments, axis_name)
+
+
+def _moments_of_finite(values: Array, lowest: Array, highest: Array) -> Moments:
+    axes = tuple(range(max(values.ndim - 1, 1)))
+    size = math.prod(values.shape[axis] for axis in axes)
+    # A sum of numbers near 0 rounds less.
+    pivot = lowest / 2 + highest / 2
+    correction = jnp.sum(values - pivot, axes) / size
+    mean = pivot + correction
+    squares = jnp.sum((values - mean) ** 2, axes)
+    rounding = (pivot - mean) + correction
+    corrected = jnp.maximum(squares - size * rounding**2, 0)
+    squares = jnp.where(jnp.isfinite(squares), corrected, squares)
+    nonfinite = (lowest != lowest).astype(jnp.int32)
+    return Moments(size - nonfinite, mean, squares, lowest, highest, nonfinite)
+
+
+def _moments_of_any(values: Array, lowest: Array, highest: Array) -> Moments:
+    del lowest, highest
     finite = jnp.isfinite(values)
     axes = tuple(range(max(values.ndim - 1, 1)))
     count = jnp.sum(finite, axes, dtype=jnp.int32)
     nonfinite = jnp.sum(~finite, axes, dtype=jnp.int32)
     divisor = jnp.maximum(count, 1).astype(values.dtype)
-    filled = jnp.where(finite, values, 0)
-    # The first mean is off by the rounding of a long sum; the second pass takes that
-    # out of the mean and of the squares.
-    first = jnp.sum(filled, axes) / divisor
-    residual = jnp.where(finite, values - first, 0)
-    correction = jnp.sum(residual, axes) / divisor
-    squares = jnp.sum(residual**2, axes)
-    corrected = squares - divisor * correction**2
+    low = jnp.min(jnp.where(finite, values, jnp.inf), axes)
+    high = jnp.max(jnp.where(finite, values, -jnp.inf), axes)
+    pivot = jnp.where(count > 0, low / 2 + high / 2, 0)
+    correction = jnp.sum(jnp.where(finite, values - pivot, 0), axes) / divisor
+    mean = pivot + correction
+    squares = jnp.sum(jnp.where(finite, values - mean, 0) ** 2, axes)
+    rounding = (pivot - mean) + correction
+    corrected = jnp.maximum(squares - divisor * rounding**2, 0)
     squares = jnp.where(jnp.isfinite(squares), corrected, squares)
-    moments = Moments(
-        count,
-        first + correction,
-        jnp.maximum(squares, 0),
-        jnp.min(jnp.where(finite, values, jnp.inf), axes),
-        jnp.max(jnp.where(finite, values, -jnp.inf), axes),
-        nonfinite,
-    )
-    return moments if axis_name is None else _merged_over(moments, axis_name)
+    return Moments(count, mean, squares, low, high, nonfinite)
 
 
 def _checked(values: Array) -> Array:
@@ -180,5 +207,114 @@ def z_scores(values: Array, moments: Moments) -> Array:
         Array([[-1.,  0.],
                [ 1.,  0.]], dtype=float32)
     """
-    scale = jnp.where(moments.is_constant, 1, moments.deviation)
-    return (in_float32(values) - moments.mean) / scale
+    return (in_float32(values) - moments.mean) / moments.scale
+
+
+def normalize(values: Array, moments: Moments) -> Array:
+    """Brings values to mean 0 and deviation 1, in their own dtype.
+
+    Take the moments from the training data alone, and the same ones for validation.
+    ``denormalize`` undoes it: for targets, train on the normalized ones and
+    denormalize what the network puts out.
+
+    Args:
+        values: [..., features], of the features that the moments are of.
+        moments: as ``feature_moments`` or ``group_moments`` returns.
+
+    Returns:
+        [..., features], float32 where the values are integers.
+
+    Example:
+        >>> targets = jnp.array([[10.0, 7.0], [30.0, 7.0]])
+        >>> moments = feature_moments(targets)
+        >>> normalize(targets, moments)
+        Array([[-1.,  0.],
+               [ 1.,  0.]], dtype=float32)
+        >>> denormalize(normalize(targets, moments), moments)
+        Array([[10.,  7.],
+               [30.,  7.]], dtype=float32)
+    """
+    return _like(values, z_scores(values, moments))
+
+
+def denormalize(values: Array, moments: Moments) -> Array:
+    """Undoes ``normalize``: from deviations back to the unit of the data.
+
+    Constant features come back as they were.
+
+    Args:
+        values: [..., features], normalized, or what a network puts out for them.
+        moments: those that were given to ``normalize``.
+
+    Returns:
+        [..., features], float32 where the values are integers.
+
+    Example:
+        >>> denormalize(jnp.array([0.0, 1.0]), feature_moments(jnp.array([4.0, 8.0])))
+        Array([6., 8.], dtype=float32)
+    """
+    return _like(values, in_float32(values) * moments.scale + moments.mean)
+
+
+def _like(values: Array, found: Array) -> Array:
+    return found.astype(values.dtype) if is_inexact(values) else found
+
+
+def group_moments(moments: Moments, *, groups: Sequence[int]) -> Moments:
+    """Gives the features of one group a mean and a deviation that they share.
+
+    For features of one unit whose sizes say something, as the axes of a position or the
+    pixels of an image.  ``normalize`` with the result keeps their proportions.
+
+    Args:
+        moments: of each feature, as ``feature_moments`` returns.
+        groups: the number of each feature's group.
+
+    Returns:
+        ``Moments`` of each feature's group, in the order of the features.
+
+    Raises:
+        ValueError: if there is not one group number for each feature.
+
+    Example:
+        >>> moments = feature_moments(jnp.array([[0.0, 2.0, 5.0], [0.0, 2.0, 9.0]]))
+        >>> shared = group_moments(moments, groups=[0, 0, 1])
+        >>> shared.mean, shared.deviation
+        (Array([1., 1., 7.], dtype=float32), Array([1., 1., 2.], dtype=float32))
+    """
+    pooled = pooled_moments(moments, groups=groups)
+    index = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
+    return jax.tree.map(lambda leaf: leaf[index], pooled)
+
+
+def pooled_moments(moments: Moments, *, groups: Sequence[int]) -> Moments:
+    """Merges the moments of each group; results are by group, in order of its number.
+
+    Args:
+        moments: of each feature.
+        groups: the number of each feature's group.
+    """
+    if moments.mean.shape != (len(groups),):
+        raise ValueError(
+            f"groups must hold one number for each of the {moments.mean.size} features,"
+            f" got {len(groups)}"
+        )
+    numbers, index = np.unique(np.asarray(groups), return_inverse=True)
+    index, num_groups = index.reshape(-1), len(numbers)
+
+    def total(leaf: Array) -> Array:
+        return jax.ops.segment_sum(leaf, index, num_groups)
+
+    count = total(moments.count)
+    seen = moments.count.astype(moments.mean.dtype)
+    weight = seen / jnp.maximum(count, 1).astype(seen.dtype)[index]
+    mean = total(weight * moments.mean)
+    between = seen * (moments.mean - mean[index]) ** 2
+    return Moments(
+        count,
+        mean,
+        total(moments.square_deviations + between),
+        jax.ops.segment_min(moments.minimum, index, num_groups),
+        jax.ops.segment_max(moments.maximum, index, num_groups),
+        total(moments.nonfinite),
+    )

@@ -15,7 +15,7 @@ import numpy as np
 
 from nnsanity._types import Array
 from nnsanity.findings import NO_LIMITS, Finding, Limits, listed, number
-from nnsanity.moments import Moments, feature_moments, merge_moments
+from nnsanity.moments import Moments, feature_moments, pooled_moments
 
 RMS_RANGE = (0.1, 10.0)
 """Healthy root mean square of a feature; initializers assume about 1."""
@@ -81,7 +81,7 @@ def normalization(
 def _normalization(inputs: Array, groups: tuple[int, ...] | None) -> Normalization:
     moments = feature_moments(inputs)
     if groups is not None:
-        moments = _pooled(moments, groups)
+        moments = pooled_moments(moments, groups=groups)
     deviation, constant = moments.deviation, moments.is_constant
     comparable = _vary_throughout(moments)
     smallest = jnp.min(jnp.where(comparable, deviation, jnp.inf))
@@ -95,24 +95,6 @@ def _vary_throughout(moments: Moments) -> Array:
     """Tells which features are neither constant nor made of a few rare events."""
     spread = moments.maximum - moments.minimum
     return ~moments.is_constant & (spread <= _RARE * moments.deviation)
-
-
-def _pooled(moments: Moments, groups: tuple[int, ...]) -> Moments:
-    """Merges the moments of the features of each group."""
-    if moments.mean.shape != (len(groups),):
-        raise ValueError(
-            f"normalization: groups must hold one number for each of the"
-            f" {moments.mean.size} features, got {len(groups)}"
-        )
-    members = [
-        [feature for feature, one in enumerate(groups) if one == group]
-        for group in sorted(set(groups))
-    ]
-    merged = []
-    for features in members:
-        parts = [jax.tree.map(lambda leaf, f=f: leaf[f], moments) for f in features]
-        merged.append(functools.reduce(merge_moments, parts))
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *merged)
 
 
 def judge_inputs(

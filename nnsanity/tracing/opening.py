@@ -47,6 +47,7 @@ def open_up(program: Program, num_parameters: int) -> Steps:
         {output: step for step in builder.steps for output in step.outputs},
         builder.roots,
         inner_layers,
+        builder.ends,
     )
 
 
@@ -70,6 +71,7 @@ class _Builder:
         self.bodies: dict[Path, Body] = {}
         self.own_derivative: set[Path] = set()
         self.roots: dict[int, int] = {}
+        self.ends: dict[Path, tuple[int | None, ...]] = {}
 
     def whole(
         self, program: Program, num_parameters: int
@@ -114,7 +116,8 @@ class _Builder:
             if body is not None and not self._stays_closed(eqn, operands):
                 if eqn.primitive.name.startswith("custom_"):
                     self.own_derivative.add(here)
-                outputs = self.open(body[0], self._passed(eqn, operands), body[1], here)
+                found = self.open(body[0], self._passed(eqn, operands), body[1], here)
+                outputs = tuple(self._numbered(body[0].outvars, found))
             elif _holds_layers(eqn) and (bodies := control.bodies(eqn, here)):
                 outputs = self._add_control(eqn, operands, bodies, here)
             else:
@@ -124,9 +127,14 @@ class _Builder:
 
     def _passed(self, eqn: Equation, operands: tuple[int | None, ...]) -> list[int]:
         """Gives literals a number that are passed into a body."""
+        return self._numbered(eqn.invars, operands)
+
+    def _numbered(
+        self, atoms: Sequence[compat.Atom], values: tuple[int | None, ...]
+    ) -> list[int]:
         return [
-            self._constant(atom.aval, atom.val) if operand is None else operand
-            for atom, operand in zip(eqn.invars, operands, strict=True)
+            self._constant(atom.aval, atom.val) if value is None else value
+            for atom, value in zip(atoms, values, strict=True)
         ]
 
     def _constant(self, aval: Any, const: Any) -> int:
@@ -251,6 +259,7 @@ class _Builder:
             for index in body.feedback:
                 self.literals.pop(inputs[index], None)
             outputs = self.open(body.jaxpr, inputs, body.consts, body.path)
+            self.ends[body.path] = outputs
             found = [
                 Origin() if value is None else self.origins[value] for value in outputs
             ]

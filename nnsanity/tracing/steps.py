@@ -103,6 +103,7 @@ class Steps(NamedTuple):
         roots: values that are another one under a new name, and that one.
         inner_layers: paths of products among parameters that a nonlinearity follows:
             layers of a network that makes weights, or that starts at parameters.
+        ends: the values that each body of the control flow returns, by its path.
     """
 
     steps: tuple[Step, ...]
@@ -118,6 +119,7 @@ class Steps(NamedTuple):
     makers: dict[int, Step]
     roots: dict[int, int]
     inner_layers: frozenset[Path]
+    ends: dict[Path, tuple[int | None, ...]]
 
     def is_weight(self, value: int | None) -> bool:
         """Tells whether a value is made from parameters alone."""

@@ -8,28 +8,28 @@ import optax
 
 from nnsanity._tree import finite_leaves, inexact_leaves, num_examples
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree, TrainLossFn
+from nnsanity.births import with_births
 from nnsanity.checks import (
     final_activation,
     gradients,
     initialization,
     learning_rate,
-    normalization,
     results,
 )
+from nnsanity.data import examine_data, judge_rounding
 from nnsanity.findings import CONSEQUENCES, Finding, listed
 from nnsanity.interventions import Diagnosis, intervene, train_original, untouched
+from nnsanity.invariances import judge_invariances, named_transforms
 from nnsanity.levels import FAILED, LEARNED, unit_of
 from nnsanity.lint import lint
 from nnsanity.measure import (
     constant_loss,
     data_loss,
     measure_network,
-    output_size,
     some_examples,
     training_noise,
     wants_other_units,
 )
-from nnsanity.moments import feature_moments
 from nnsanity.problem import Problem, checked_problem
 from nnsanity.report import Report
 from nnsanity.tracing.bounds import output_bounds
@@ -51,7 +51,6 @@ LIMITED = frozenset(
 """Rules whose limit the user can set."""
 
 NOT_YET = {
-    "preprocessing": "of item 3, continuity and invariances are not built yet",
     "width": "item 11 is not built yet",
 }
 
@@ -99,7 +98,9 @@ def checkup(
         validation: held-out ``(inputs, targets)``, prepared as you prepare them.
         groups: one number for each input feature; features of one group share their
             mean and deviation.
-        invariances: transforms that keep the meaning; not used yet.
+        invariances: transforms that keep the meaning of the inputs, functions of
+            ``inputs`` or pairs of a name and such a function: what comes out should not
+            change with them.
         interventions: whether to repair and train copies.
         limits: other limits, by rule: ``{"results/start-loss": 10.0}``.
         ignore: rules not to report.
@@ -138,6 +139,7 @@ def checkup(
             f" {sorted(LIMITED)}"
         )
     tell = progress or (lambda line: None)
+    transforms = named_transforms(invariances)
     problem = checked_problem(
         apply_fn,
         loss_fn,
@@ -155,14 +157,16 @@ def checkup(
     if wants_other_units(problem, some_examples(problem)):
         problem = problem._replace(kind=None)
     book.skipped |= NOT_YET
-    if invariances:
-        book.skipped["invariances"] = "not built yet"
+    book.findings += judge_rounding(data)
     tell("reading the program")
     _read(problem, book)
     tell("measuring the data and the untrained network")
     _measure_data(problem, book)
     _measure_network(problem, book)
     diagnosis = _train(problem, book, key, tell, interventions=interventions)
+    moved, measured = judge_invariances(problem, transforms, diagnosis)
+    book.findings += moved
+    book.measurements |= measured
     findings = _in_order(book.findings, diagnosis, set(ignore))
     summary = _summary(problem, diagnosis, book)
     ruled_out = () if diagnosis is None else diagnosis.ruled_out
@@ -227,35 +231,10 @@ def _judge_reach(problem: Problem, book: _Book, batch: tuple) -> None:
 
 
 def _measure_data(problem: Problem, book: _Book) -> None:
-    if problem.tokens:
-        book.skipped["normalization of the inputs"] = "they are indices of an embedding"
-    else:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(problem.inputs):
-            name = f"inputs{jax.tree_util.keystr(path)}"
-            groups = problem.groups if leaf.ndim > 1 else None
-            measured = normalization.normalization(leaf, groups=groups)
-            book.measurements[name] = measured
-            book.findings += normalization.judge_inputs(
-                measured, name=name, limits=book.limits
-            )
-    if problem.validation is not None and not problem.tokens:
-        pairs = zip(
-            jax.tree.leaves(problem.inputs),
-            jax.tree.leaves(problem.validation[0]),
-            strict=True,
-        )
-        for ours, theirs in pairs:
-            both = (feature_moments(leaf) for leaf in (ours, theirs))
-            book.findings += normalization.judge_split(*both)
-    if problem.kind == "numbers":
-        measured = normalization.normalization(problem.targets)
-        size = output_size(problem, some_examples(problem)[0])
-        book.measurements["targets"] = measured
-        book.findings += normalization.judge_targets(measured, size, limits=book.limits)
-    else:
-        for leaf in inexact_leaves(problem.targets):
-            moments = feature_moments(leaf)
-            book.findings += normalization.judge_finite_targets(moments)
+    examined = examine_data(problem, limits=book.limits)
+    book.findings += examined.findings
+    book.measurements |= examined.measurements
+    book.skipped |= examined.skipped
 
 
 def _measure_network(problem: Problem, book: _Book) -> None:
@@ -267,6 +246,7 @@ def _measure_network(problem: Problem, book: _Book) -> None:
     book.findings += initialization.judge_finite(problem.params)
     limit = book.limits.get("results/start-loss", results.START_LIMIT)
     start = data_loss(problem, problem.params, batch)
+    begin = len(book.findings)
     book.findings += results.judge_start(start, constant, limit)
     by_layer = {one.layer.name: one.weight for one in problem.network.layers}
     book.findings += gradients.judge_gradients(
@@ -278,6 +258,9 @@ def _measure_network(problem: Problem, book: _Book) -> None:
     worst = initialization.worst_scale(measured.weights, problem.network)
     book.findings += initialization.judge_scale(
         worst, num_layers=len(problem.network.layers), limits=book.limits
+    )
+    book.findings[begin:] = with_births(
+        problem.loss_fn, problem.params, batch, findings=book.findings[begin:]
     )
 
 

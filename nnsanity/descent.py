@@ -74,6 +74,17 @@ def scaled_losses(
         batches: each leaf [steps, ...].
         scales: float32[steps], factors of the updates.
     """
+    return trained(loss_fn, optimizer, params, batches, scales)[0]
+
+
+def trained(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    batches: PyTree,
+    scales: Array,
+) -> tuple[Array, Params]:
+    """Returns what ``scaled_losses`` does, and the parameters at the end."""
     extended = optax.with_extra_args_support(optimizer)
 
     def step(state: tuple, now: tuple) -> tuple[tuple, Array]:
@@ -94,8 +105,9 @@ def scaled_losses(
     state = (floats, extended.init(floats))
     (floats, _), losses = jax.lax.scan(step, state, (batches, scales))
     last = jax.tree.map(lambda leaf: leaf[-1], batches)
-    end = loss_fn(with_floats(params, floats), last)
-    return jnp.concatenate([losses, end[None]]).astype(jnp.float32)
+    params = with_floats(params, floats)
+    end = loss_fn(params, last)
+    return jnp.concatenate([losses, end[None]]).astype(jnp.float32), params
 
 
 def _times(scale: Array, update: Array) -> Array:

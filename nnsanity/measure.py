@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nnsanity import targets
 from nnsanity._tree import in_float32, is_inexact
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree
-from nnsanity.checks import results
 from nnsanity.checks.gradients import (
     DeadUnits,
     GradientStats,
@@ -106,12 +106,12 @@ def output_size(problem: Problem, inputs: PyTree) -> float:
 
 def constant_loss(problem: Problem, batch: tuple[PyTree, PyTree]) -> float:
     """Returns the loss of the best constant output, no penalties; NaN if unknown."""
-    return _least_loss(problem, batch, results.constant_outputs)
+    return _least_loss(problem, batch, targets.constant_outputs)
 
 
 def perfect_loss(problem: Problem, batch: tuple[PyTree, PyTree]) -> float:
     """Returns the loss of outputs that say what the targets say; NaN if unknown."""
-    return _least_loss(problem, batch, results.perfect_outputs)
+    return _least_loss(problem, batch, targets.perfect_outputs)
 
 
 def wants_other_units(problem: Problem, batch: tuple[PyTree, PyTree]) -> bool:
@@ -123,7 +123,7 @@ def wants_other_units(problem: Problem, batch: tuple[PyTree, PyTree]) -> bool:
     """
     if problem.kind != "numbers" or problem.head is None:
         return False
-    outputs = results.outputs_in_units(in_float32(batch[1]))
+    outputs = targets.outputs_in_units(in_float32(batch[1]))
     loss_of = functools.partial(_loss_of_outputs, problem, batch)
     losses = np.asarray(jax.jit(jax.vmap(loss_of))(outputs))
     losses = np.where(np.isfinite(losses), losses, np.inf)

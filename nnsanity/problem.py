@@ -10,7 +10,7 @@ import optax
 
 from nnsanity._tree import inexact_leaves, is_inexact, num_examples, take_examples
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree, TrainLossFn
-from nnsanity.checks.results import kind_of_targets
+from nnsanity.targets import kind_of_targets
 from nnsanity.tracing.layers import Located, Network, inspect
 from nnsanity.tracing.replace import output_layer
 
@@ -211,6 +211,14 @@ def _as_array(leaf: object, name: str) -> np.ndarray | Array:
             f"checkup: {name} must hold numbers, got dtype {array.dtype}; encode words"
             " and dates as numbers, and cut ragged lists to one length"
         )
+    narrow = jax.dtypes.canonicalize_dtype(array.dtype)
+    if narrow != array.dtype and array.dtype.kind in "iu" and array.size:
+        limits = np.iinfo(narrow)
+        if array.min() < limits.min or array.max() > limits.max:
+            raise ValueError(
+                f"checkup: {name} holds integers that do not fit {narrow}, up to"
+                f" {array.max()}; give what they stand for, or set jax_enable_x64"
+            )
     return array
 
 

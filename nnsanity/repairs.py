@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from nnsanity._types import Array
+from nnsanity import scales
+from nnsanity._types import Array, PyTree
 from nnsanity.checks import (
     batch_size,
     depth,
@@ -16,12 +16,12 @@ from nnsanity.checks import (
     initialization,
     learning_rate,
     normalization,
-    preprocessing,
     regularization,
 )
 from nnsanity.copies import HEAD_LEFT_OUT, HEAD_SQUASHED, OFF, ON, Copy
 from nnsanity.findings import Finding
 from nnsanity.measure import training_noise
+from nnsanity.moments import Moments, feature_moments, group_moments
 from nnsanity.problem import Problem
 from nnsanity.tracing.layers import inspect
 from nnsanity.tracing.replace import penalties
@@ -64,7 +64,6 @@ def available_repairs(problem: Problem) -> tuple[Repair, ...]:
         *_hidden_repairs(problem),
         *_regularization_repairs(problem),
         *_batch_repairs(problem),
-        *_column_repairs(problem),
     )
 
 
@@ -72,15 +71,7 @@ def _input_repairs(problem: Problem) -> tuple[Repair, ...]:
     leaves = jax.tree.leaves(problem.inputs)
     if problem.tokens or not all(leaf.size for leaf in leaves):
         return ()
-    moments = jax.tree.map(
-        lambda leaf: normalization.normalization(leaf, groups=_groups(problem, leaf)),
-        problem.inputs,
-    )
-    is_one = lambda node: isinstance(node, normalization.Normalization)  # noqa: E731
-    parts = jax.tree.map(lambda one: _affine_of(problem, one), moments, is_leaf=is_one)
-    is_pair = lambda node: isinstance(node, tuple) and len(node) == 2  # noqa: E731
-    shift = jax.tree.map(lambda pair: pair[0], parts, is_leaf=is_pair)
-    scale = jax.tree.map(lambda pair: pair[1], parts, is_leaf=is_pair)
+    shift, scale = standardizing(problem, problem.inputs)
     return (
         Repair(
             "standardizing the inputs",
@@ -92,7 +83,8 @@ def _input_repairs(problem: Problem) -> tuple[Repair, ...]:
                 "normalization/double-normalized",
             ),
             normalization.unstandardized(
-                jax.tree.leaves(moments, is_leaf=is_one)[0], "inputs"
+                scales.normalization(leaves[0], groups=_groups(problem, leaves[0])),
+                "inputs",
             ),
         ),
     )
@@ -102,25 +94,29 @@ def _groups(problem: Problem, leaf: Array) -> tuple[int, ...] | None:
     return problem.groups if leaf.ndim > 1 else None
 
 
-def _affine_of(
-    problem: Problem, measured: normalization.Normalization
-) -> tuple[Array, Array]:
-    """Returns what to subtract and divide by, feature by feature."""
-    shift = measured.moments.mean
-    scale = jnp.where(measured.constant, 1, measured.moments.deviation)
-    if problem.groups is not None and shift.ndim:
-        numbers = sorted(set(problem.groups))
-        index = jnp.array([numbers.index(group) for group in problem.groups])
-        shift, scale = shift[index], scale[index]
-    return shift, scale
+def standardizing(problem: Problem, inputs: PyTree) -> tuple[PyTree, PyTree]:
+    """Returns what to subtract and divide by, feature by feature or group by group.
+
+    Args:
+        problem: whose groups count.
+        inputs: tree like its inputs.
+    """
+
+    def moments_of(leaf: Array) -> Moments:
+        moments, groups = feature_moments(leaf), _groups(problem, leaf)
+        return moments if groups is None else group_moments(moments, groups=groups)
+
+    moments = jax.tree.map(moments_of, inputs)
+    is_one = lambda node: isinstance(node, Moments)  # noqa: E731
+    shift = jax.tree.map(lambda one: one.mean, moments, is_leaf=is_one)
+    return shift, jax.tree.map(lambda one: one.scale, moments, is_leaf=is_one)
 
 
 def _target_repairs(problem: Problem) -> tuple[Repair, ...]:
     if problem.kind != "numbers":
         return ()
-    measured = normalization.normalization(problem.targets)
-    shift, scale = measured.moments.mean, measured.moments.deviation
-    scale = jnp.where(measured.constant, 1, scale)
+    measured = scales.normalization(problem.targets)
+    shift, scale = measured.moments.mean, measured.moments.scale
     return (
         Repair(
             "standardizing the targets",
@@ -277,45 +273,4 @@ def _batch_repairs(problem: Problem) -> tuple[Repair, ...]:
             is_suspected=True,
             batch_size=batch_size.USUAL,
         ),
-    )
-
-
-def _column_repairs(problem: Problem) -> tuple[Repair, ...]:
-    """Encodes a column otherwise that says more than its numbers do."""
-    inputs = problem.inputs
-    is_table = isinstance(inputs, jax.Array) and inputs.ndim == 2 and not problem.tokens
-    if not is_table or problem.kind not in ("numbers", "binary"):
-        return ()
-    table = np.asarray(inputs, np.float64)
-    targets = np.asarray(problem.targets, np.float64).reshape(len(table), -1)[:, 0]
-    repairs = []
-    for feature in range(min(table.shape[1], preprocessing.MAX_FEATURES)):
-        column = table[:, feature]
-        codes = preprocessing.column_codes(column, targets)
-        if codes is not None and preprocessing.is_code(codes):
-            finding = preprocessing.categorical_code(feature, codes)
-            repairs.append(_encoded(inputs, feature, codes.encoded, finding, "a code"))
-            continue
-        cycle = preprocessing.column_cycle(column, targets)
-        if cycle.explained > preprocessing.PERIOD_SHARE:
-            finding = preprocessing.wraparound(feature, cycle)
-            repairs.append(_encoded(inputs, feature, cycle.encoded, finding, "a cycle"))
-    return tuple(repairs)
-
-
-def _encoded(
-    inputs: Array, feature: int, encoded: np.ndarray, finding: Finding, name: str
-) -> Repair:
-    column = np.asarray(inputs[:, feature], np.float64)
-    # In the column's own scale, so that the encoding is all that changes.
-    scaled = (encoded - encoded.mean()) / max(encoded.std(), 1e-30)
-    scaled = scaled * column.std() + column.mean()
-    return Repair(
-        f"encoding feature {feature} as {name}",
-        "columns",
-        lambda copy, key: copy,
-        (),
-        finding,
-        is_suspected=True,
-        inputs=inputs.at[:, feature].set(scaled.astype(inputs.dtype)),
     )

@@ -11,9 +11,9 @@ import optax
 
 from nnsanity._tree import in_float32, is_inexact, take_examples
 from nnsanity._types import Array, Params, PyTree
-from nnsanity.checks.results import quality
 from nnsanity.copies import Copy, loss_of, network_of, plain, prepared, quiet_loss_of
 from nnsanity.problem import Problem
+from nnsanity.targets import quality
 
 HELD_OUT_SHARE = 0.2
 MIN_EXAMPLES_TO_HOLD_OUT = 100

@@ -8,6 +8,8 @@ import numpy as np
 
 from nnsanity._tree import inexact_leaves
 from nnsanity._types import Array
+from nnsanity.angles import judge_angles
+from nnsanity.by_heart import judge_by_heart, judge_outputs
 from nnsanity.checks import (
     initialization,
     learning_rate,
@@ -19,7 +21,9 @@ from nnsanity.findings import Finding
 from nnsanity.interventions import Diagnosis
 from nnsanity.levels import FAILED, LEARNED
 from nnsanity.measure import data_loss, measure_network, perfect_loss, some_examples
+from nnsanity.neighbors import Continuity, continuity
 from nnsanity.problem import Problem
+from nnsanity.targets import target_columns
 from nnsanity.trial import Outcome
 
 MIN_NEIGHBORHOOD, MAX_NEIGHBORHOOD = 50, 2000
@@ -55,6 +59,7 @@ def judge_outcomes(
     measured: dict[str, Any] = {}
     if level < LEARNED:
         found += _contradictions(problem, measured)
+        found += _seams(problem, diagnosis, measured)
     if level <= FAILED:
         found += _wrong_loss(problem, diagnosis)
     known = (*findings, *diagnosis.causes)
@@ -62,6 +67,9 @@ def judge_outcomes(
         found += _shuffled(problem, measured)
     if level <= FAILED and not _has_alarm((*known, *found)):
         found += _unexplained(problem, diagnosis, measurements["constant_loss"])
+        found += judge_by_heart(problem, diagnosis, found, measured)
+    if level <= FAILED:
+        found += judge_outputs(problem, diagnosis, measured)
     return found, measured
 
 
@@ -97,7 +105,7 @@ def _columns(problem: Problem, targets: Array) -> Array | None:
     is_table = isinstance(problem.inputs, jax.Array)
     if problem.kind is None or not is_table:
         return None
-    columns = results.target_columns(targets, problem.kind)
+    columns = target_columns(targets, problem.kind)
     return columns if len(columns) == len(targets) else None
 
 
@@ -105,8 +113,8 @@ def _contradictions(problem: Problem, measured: dict) -> tuple[Finding, ...]:
     columns = _columns(problem, problem.targets)
     if columns is None:
         return ()
-    measured["contradictions"] = preprocessing.contradictions(problem.inputs, columns)
-    return preprocessing.judge_contradictions(measured["contradictions"])
+    measured["duplicates"] = preprocessing.duplicates(problem.inputs, columns)
+    return preprocessing.judge_duplicates(measured["duplicates"])
 
 
 def _wrong_loss(problem: Problem, diagnosis: Diagnosis) -> tuple[Finding, ...]:
@@ -120,15 +128,38 @@ def _wrong_loss(problem: Problem, diagnosis: Diagnosis) -> tuple[Finding, ...]:
     )
 
 
-def _shuffled(problem: Problem, measured: dict) -> tuple[Finding, ...]:
+def _near(problem: Problem, measured: dict) -> Continuity | None:
+    """Measures the neighbours of some examples, once."""
     inputs, targets = problem.batch(slice(MAX_NEIGHBORHOOD))
     columns = _columns(problem, targets)
     if columns is None or problem.tokens or problem.size < MIN_NEIGHBORHOOD:
+        return None
+    if "continuity" not in measured:
+        # A fixed key: the shuffles are a yardstick, no part of the report's chance.
+        near = continuity(inputs, columns, key=jax.random.key(0))
+        measured["continuity"] = jax.device_get(near)
+    return measured["continuity"]
+
+
+def _seams(
+    problem: Problem, diagnosis: Diagnosis, measured: dict
+) -> tuple[Finding, ...]:
+    if problem.kind != "numbers":
+        return ()  # classes have no middle
+    near = _near(problem, measured)
+    if near is None:
         return ()
-    # A fixed key: the shuffles are a yardstick, and the report should not depend on it.
-    near = preprocessing.neighbors(inputs, columns, key=jax.random.key(0))
-    measured["neighbors"] = near
-    return preprocessing.judge_neighbors(near)
+    severity = "error" if diagnosis.level <= FAILED else "warning"
+    found = preprocessing.judge_continuity(near, severity=severity)
+    if not found:
+        return ()
+    key = jax.random.key(0)
+    return (*judge_angles(problem, key=key, num_steps=diagnosis.num_steps), *found)
+
+
+def _shuffled(problem: Problem, measured: dict) -> tuple[Finding, ...]:
+    near = _near(problem, measured)
+    return () if near is None else results.judge_neighbors(near)
 
 
 def _unexplained(

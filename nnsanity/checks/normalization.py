@@ -4,18 +4,15 @@
 Everything downstream, from initialization to optimizer, assumes mean 0 and deviation 1.
 """
 
-import functools
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from nnsanity._types import Array
 from nnsanity.findings import NO_LIMITS, Finding, Limits, listed, number
-from nnsanity.moments import Moments, feature_moments, pooled_moments
+from nnsanity.moments import Moments
+from nnsanity.outliers import Outliers
+from nnsanity.scales import Normalization, TargetScale, vary_throughout
 
 RMS_RANGE = (0.1, 10.0)
 """Healthy root mean square of a feature; initializers assume about 1."""
@@ -29,72 +26,18 @@ TARGET_LIMIT = 10.0
 """Healthy size of targets in units of what an untrained network puts out."""
 SPLIT_SHIFT, SPLIT_RATIO = 0.5, 2.0
 """How far moments of validation data may lie off, in deviations and as a ratio."""
-_RARE = 20.0  # range in deviations; a normal feature of a million rows has ten
-
-
-class Normalization(NamedTuple):
-    """How far data are from mean 0 and deviation 1.
-
-    Attributes:
-        moments: of each feature.
-        root_mean_square: float32[features]; healthy is within [0.1, 10].
-        constant: bool[features].
-        scale_disparity: float32[], largest deviation of a feature over the smallest,
-            of those that vary throughout; healthy is under 100.  A pixel at the edge
-            that a few images light up is rare, not of another unit.
-    """
-
-    moments: Moments
-    root_mean_square: Array
-    constant: Array
-    scale_disparity: Array
-
-
-def normalization(
-    inputs: Array, *, groups: Sequence[int] | None = None
-) -> Normalization:
-    """Measures how far the features of a data set are from mean 0 and deviation 1.
-
-    Costs about two reads of the values.
-
-    Args:
-        inputs: [..., features] or [examples].
-        groups: the number of each feature's group; features of one group share a mean
-            and a deviation, and results are by group.
-
-    Returns:
-        ``Normalization``.
-
-    Raises:
-        ValueError: if there is not one group number for each feature.
-
-    Example:
-        >>> measured = normalization(jnp.array([[3.0, 0.0], [-3.0, 300.0]]))
-        >>> measured.root_mean_square[0], measured.scale_disparity
-        (Array(3., dtype=float32), Array(50., dtype=float32))
-    """
-    static = None if groups is None else tuple(int(group) for group in groups)
-    return _normalization(inputs, static)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _normalization(inputs: Array, groups: tuple[int, ...] | None) -> Normalization:
-    moments = feature_moments(inputs)
-    if groups is not None:
-        moments = pooled_moments(moments, groups=groups)
-    deviation, constant = moments.deviation, moments.is_constant
-    comparable = _vary_throughout(moments)
-    smallest = jnp.min(jnp.where(comparable, deviation, jnp.inf))
-    largest = jnp.max(jnp.where(comparable, deviation, 0))
-    disparity = jnp.where(largest > 0, largest / smallest, 1.0)
-    rms = jnp.sqrt(moments.mean**2 + deviation**2)
-    return Normalization(moments, rms, constant, disparity)
-
-
-def _vary_throughout(moments: Moments) -> Array:
-    """Tells which features are neither constant nor made of a few rare events."""
-    spread = moments.maximum - moments.minimum
-    return ~moments.is_constant & (spread <= _RARE * moments.deviation)
+GROSS_SHIFT, GROSS_RATIO = 3.0, 10.0
+"""The same for a single feature among many that fit; another mean alone is worth
+knowing, since the years of later data are higher."""
+ROUNDING_LIMIT = 0.01
+"""Healthy rounding of a feature in units of its deviation."""
+OUTLIER_SHARE = 0.5
+"""Healthy share of the squared deviation of a feature that a few rows bring."""
+OUTLIER_GAP = 3.0
+"""Distance of the nearest outlier over that of the farthest other value, from which on
+they lie apart; a heavy tail has no such gap."""
+OUTLIER_ROWS = 0.01
+"""Share of the rows up to which they are few."""
 
 
 def judge_inputs(
@@ -190,7 +133,7 @@ def _disparity(
     name: str, host: Normalization, disparity: float, limit: float
 ) -> Finding:
     deviation = _deviation(host.moments)
-    varying = np.flatnonzero(_vary_throughout(host.moments))
+    varying = np.flatnonzero(vary_throughout(host.moments))
     order = varying[np.argsort(deviation[varying])]
     small, large = order[0], order[-1]
     return Finding(
@@ -246,38 +189,92 @@ def _deviation(moments: Moments) -> np.ndarray:
 
 
 def judge_targets(
-    measured: Normalization, output_size: float, *, limits: Limits = NO_LIMITS
+    measured: TargetScale, *, limits: Limits = NO_LIMITS
 ) -> tuple[Finding, ...]:
-    """Says what is unusual about targets that are numbers.
-
-    Args:
-        measured: of the targets.
-        output_size: root mean square of what the untrained network puts out.
-        limits: the user's own, by rule.
-    """
-    host = jax.tree.map(np.atleast_1d, jax.device_get(measured))
-    findings = [*_nonfinite(host.moments, "nonfinite-target", "targets")]
-    size = float(np.sqrt(np.mean(host.root_mean_square**2)))
-    reference = max(output_size, 1.0) if math.isfinite(output_size) else 1.0
+    """Says what is unusual about targets that are numbers."""
+    host = jax.device_get(measured)
+    findings = [*_nonfinite(host.targets, "nonfinite-target", "targets")]
+    ratio = float(np.sqrt(np.mean(host.ratio**2)))
     limit = limits.get("normalization/unnormalized-targets", TARGET_LIMIT)
-    if not size <= limit * reference:
-        deviation = _deviation(host.moments)
+    if not ratio <= limit:
+        sizes = [
+            float(np.sqrt(np.mean(one.mean**2 + _deviation(one) ** 2)))
+            for one in (host.targets, host.outputs)
+        ]
         findings.append(
             Finding(
                 "normalization/unnormalized-targets",
                 1,
                 "info",
                 "targets",
-                size / reference,
+                ratio,
                 limit,
-                f"The targets have root mean square {number(size)}, the untrained"
-                f" network puts out {number(output_size)}: the first gradients are as"
+                f"The targets have root mean square {number(sizes[0])}, the untrained"
+                f" network puts out {number(sizes[1])}: the first gradients are as"
                 " large as the difference.",
-                f"Train on (targets - {number(host.moments.mean[0])}) /"
-                f" {number(deviation[0])} and undo it on the outputs.",
+                _target_advice(host.targets),
             )
         )
     return tuple(findings)
+
+
+def _target_advice(moments: Moments) -> str:
+    deviation = _deviation(moments)
+    numbers = [
+        f"(targets - {number(mean)}) / {number(size if size > 0 else 1.0)}"
+        for mean, size in zip(moments.mean[:3], deviation[:3], strict=True)
+    ]
+    if len(numbers) == 1:
+        return f"Train on {numbers[0]} and undo it on the outputs."
+    columns = [f"column {index}: {one}" for index, one in enumerate(numbers)]
+    more = "; ..." if len(deviation) > 3 else ""
+    return (
+        "Train on targets less their mean over their deviation, and undo it on the"
+        f" outputs ({'; '.join(columns)}{more})."
+    )
+
+
+def judge_outliers(
+    measured: Outliers, moments: Moments, *, name: str = "inputs"
+) -> tuple[Finding, ...]:
+    """Says which features a few rows far from the rest have a hold on.
+
+    Args:
+        measured: as ``outliers`` returns.
+        moments: of the same values.
+        name: what they are.
+    """
+    host = jax.tree.map(np.atleast_1d, jax.device_get(measured))
+    features = np.flatnonzero(lies_apart(host, moments))
+    if not features.size:
+        return ()
+    worst = int(features[np.argmax(host.share[features])])
+    return (
+        Finding(
+            "normalization/outliers",
+            1,
+            "info",
+            f"{name}, feature {listed(str(index) for index in features)}",
+            float(host.share[worst]),
+            OUTLIER_SHARE,
+            f"{int(host.num_outside[worst])} values of feature {worst} of the {name} bring"
+            f" {number(100 * host.share[worst])}% of its squared deviation: they lie"
+            f" {number(host.gap[worst])} times as far out as any other (example"
+            f" {int(host.farthest[worst])} the farthest).",
+            "Look at these rows: a wrong unit, a missing value written as 9999, a slip"
+            f" of the comma. Clip the feature to {number(host.low[worst])} ..."
+            f" {number(host.high[worst])}, the range of all others, and take mean and"
+            " deviation after that.",
+        ),
+    )
+
+
+def lies_apart(measured: Outliers, moments: Moments) -> np.ndarray:
+    """Tells which features have a few outliers that decide their deviation."""
+    host = jax.tree.map(np.atleast_1d, jax.device_get(measured))
+    rows = np.atleast_1d(jax.device_get(moments.count))
+    is_few = host.num_outside <= np.maximum(OUTLIER_ROWS * rows, 1)
+    return is_few & (host.share > OUTLIER_SHARE) & (host.gap > OUTLIER_GAP)
 
 
 def judge_finite_targets(moments: Moments) -> tuple[Finding, ...]:
@@ -285,11 +282,45 @@ def judge_finite_targets(moments: Moments) -> tuple[Finding, ...]:
     return tuple(_nonfinite(jax.device_get(moments), "nonfinite-target", "targets"))
 
 
-def judge_split(training: Moments, held_out: Moments) -> tuple[Finding, ...]:
+def judge_rounding(
+    lost: np.ndarray, *, name: str, limit: float = ROUNDING_LIMIT
+) -> tuple[Finding, ...]:
+    """Says which features lose what varies in them when they become float32.
+
+    Args:
+        lost: [features], their rounding in units of their deviation.
+        name: what they are.
+        limit: from which on it matters.
+    """
+    features = np.flatnonzero(~(lost <= limit))
+    if not features.size:
+        return ()
+    worst = int(np.argmax(lost))
+    return (
+        Finding(
+            "normalization/rounded",
+            1,
+            "info",
+            f"{name}, feature {listed(str(index) for index in features)}",
+            float(lost[worst]),
+            limit,
+            f"The {name} are float64 and were rounded to float32, which has seven"
+            f" digits: feature {worst} is off by {number(lost[worst])} of its"
+            " deviation, since it is large beside what it varies.",
+            "Subtract the mean in float64, before the data reaches JAX, or set"
+            " jax_enable_x64.",
+        ),
+    )
+
+
+def judge_split(
+    training: Moments, held_out: Moments, *, name: str = "inputs"
+) -> tuple[Finding, ...]:
     """Compares the moments of two sets that should come from one pipeline."""
     train, other = jax.tree.map(np.atleast_1d, jax.device_get((training, held_out)))
     if other.nonfinite.any():
-        return tuple(_nonfinite(other, "nonfinite-input", "validation inputs"))
+        rule = "nonfinite-target" if name == "targets" else "nonfinite-input"
+        return tuple(_nonfinite(other, rule, f"validation {name}"))
     train_deviation, other_deviation = (_deviation(one) for one in (train, other))
     scale = np.maximum(train_deviation, other_deviation)
     scale = np.where(scale > 0, scale, 1.0)
@@ -298,21 +329,31 @@ def judge_split(training: Moments, held_out: Moments) -> tuple[Finding, ...]:
     ratio = np.maximum(train_deviation, 1e-12) / np.maximum(other_deviation, 1e-12)
     stretch = np.abs(np.log(ratio))
     varies = (train_deviation > 0) & (other_deviation > 0)
-    off = shift > np.maximum(SPLIT_SHIFT, chance)
-    off |= varies & (stretch > np.maximum(np.log(SPLIT_RATIO), 2 * chance))
-    if not off.mean() > 0.25:
+
+    def is_off(most_shift: float, most_ratio: float) -> np.ndarray:
+        is_stretched = stretch > np.maximum(np.log(most_ratio), 2 * chance)
+        return (shift > np.maximum(most_shift, chance)) | (varies & is_stretched)
+
+    off = is_off(SPLIT_SHIFT, SPLIT_RATIO)
+    # Moments of rare events differ by chance.
+    throughout = np.asarray(vary_throughout(train) & vary_throughout(other))
+    gross = is_off(GROSS_SHIFT, GROSS_RATIO) & throughout
+    if not off.mean() > 0.25 and not gross.any():
         return ()
-    worst = int(np.argmax(np.where(off, shift + stretch, -1)))
+    chosen = off if off.mean() > 0.25 else gross
+    is_scaled = off.mean() > 0.25 or bool((gross & (stretch > np.log(2))).any())
+    worst = int(np.argmax(np.where(chosen, shift + stretch, -1)))
+    what = "features" if name == "inputs" else "columns"
     return (
         Finding(
             "normalization/split-mismatch",
             1,
-            "warning",
-            f"validation, {int(off.sum())} of {off.size} features",
+            "warning" if is_scaled else "info",
+            f"validation {name}, {int(off.sum())} of {off.size} {what}",
             float(shift[worst]),
             SPLIT_SHIFT,
-            "Training and validation inputs were not prepared alike, or come from"
-            f" another period or population: feature {worst} has mean"
+            f"Training and validation {name} were not prepared alike, or come from"
+            f" another period or population: {what[:-1]} {worst} has mean"
             f" {number(train.mean[worst])} and deviation"
             f" {number(train_deviation[worst])} in one, {number(other.mean[worst])} and"
             f" {number(other_deviation[worst])} in the other.",

@@ -368,7 +368,7 @@ def _written(
     written: set[int] = set()
     for one in sorted(turns):
         place = found.places.values[one]
-        if nan[one] or place.operation == "argument" and not place.sources:
+        if nan[one] or (place.operation == "argument" and not place.sources):
             continue
         bad = [source for source in place.sources if source in turns]
         if not place.sources or (bad and all(source in written for source in bad)):

@@ -8,6 +8,7 @@ import pytest
 from sklearn.metrics import accuracy_score, r2_score
 
 from nnsanity.checks.results import (
+    judge_meeting,
     constant_outputs,
     judge_meeting,
     judge_start,

@@ -35,7 +35,8 @@ def with_births(
 
 def _located(finding: Finding, birth: Birth) -> Finding:
     if birth.operation == "argument":
-        words = f"It is there already in {birth.layer}, which was given."
+        given = birth.layer.replace("batch/0", "inputs").replace("batch/1", "targets")
+        words = f"It is there already in what was given: {given}."
         return finding._replace(message=f"{finding.message} {words}")
     what = "NaN" if birth.is_nan else "infinity"
     way = "the backward pass" if birth.is_backward else "the forward pass"

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from nnsanity._tree import in_float32
 from nnsanity._types import Array, Params, PyTree
@@ -22,28 +23,26 @@ from nnsanity.targets import target_columns
 
 NUM_EXAMPLES = 16
 NUM_STEPS = 300
+ADAM = optax.adam(1e-3)
 HARMLESS = ("inputs", "targets", "weights", "hidden")
 """Repairs that are made together, so that only the program itself is left to blame."""
 
 
 def judge_by_heart(
     problem: Problem,
-    diagnosis: Diagnosis,
     findings: Sequence[Finding],
     measured: dict[str, Any],
 ) -> tuple[Finding, ...]:
     """Says whether a network that failed can't even learn one small batch by heart.
 
-    Asked of the program as it is, and of a copy with all harmless repairs.  Costs two
-    times twelve trainings on a few examples.
+    Asked of the program as it is, and of a copy with all harmless repairs and another
+    optimizer.  Costs two times twelve trainings on a few examples.
 
     Args:
         problem: with an optimizer.
-        diagnosis: how the training went.
         findings: what was said of it; without an alarm there is nothing to explain.
         measured: where the result goes.
     """
-    del diagnosis
     if not any(finding.severity != "info" for finding in findings):
         return ()
     batch = _distinct(problem)
@@ -60,7 +59,7 @@ def judge_by_heart(
     measured["overfit_batch"] = best
     if best is None:
         return ()
-    names = [repair.name for repair in repairs]
+    names = [repair.name for repair in repairs] + ["Adam"]
     return results.judge_overfit(best, len(jax.tree.leaves(batch)[0]), names)
 
 
@@ -108,15 +107,12 @@ def _overfit(
 
     changed = prepared(problem, copy, batch)
     best = perfect_loss(problem, changed)
-    optimizer = problem.optimizer
-    if optimizer is None:
-        raise ValueError("overfitting a batch takes an optimizer")
     return jax.device_get(
         overfit_batch(
             loss_fn,
             copy.params,
             changed,
-            optimizer,
+            ADAM if repairs or problem.optimizer is None else problem.optimizer,
             key=key,
             num_steps=NUM_STEPS,
             best_loss=best if np.isfinite(best) else 0.0,

@@ -330,7 +330,14 @@ def _in_order(
     A suspicion that became a cause is told once.
     """
     causes = () if diagnosis is None else diagnosis.causes
+    loud = [one for one in findings if one.severity != "info"]
     told = {(finding.rule, finding.where) for finding in causes}
+    findings = [
+        one
+        for one in findings
+        if one.severity != "info"
+        or all((one.rule, one.where) != (other.rule, other.where) for other in loud)
+    ]
     proved = {finding.rule for finding in findings if finding.severity == "error"}
     proved -= CONSEQUENCES
 

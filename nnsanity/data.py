@@ -83,10 +83,8 @@ def _inputs(problem: Problem, limits: Limits) -> Examined:
 def _targets(problem: Problem, limits: Limits) -> Examined:
     if problem.kind != "numbers":
         parts = (feature_moments(leaf) for leaf in inexact_leaves(problem.targets))
-        found = [
-            one for part in parts for one in normalization.judge_finite_targets(part)
-        ]
-        return Examined(tuple(found), {}, {})
+        found = [normalization.judge_finite_targets(part) for part in parts]
+        return Examined(tuple(one for some in found for one in some), {}, {})
     outputs = jax.jit(problem.apply_fn)(problem.params, some_examples(problem)[0])
     measured = scales.target_scale(outputs, problem.targets)
     findings = [*normalization.judge_targets(measured, limits=limits)]
@@ -113,9 +111,8 @@ def circle_of_targets(problem: Problem) -> tuple[Wraparound, float] | None:
     is_one = problem.kind == "numbers" and targets.size == problem.size
     if not is_one or not isinstance(inputs, jax.Array) or problem.tokens:
         return None
-    is_finite = bool(
-        jnp.isfinite(in_float32(inputs)).all() & jnp.isfinite(targets).all()
-    )
+    both = in_float32(inputs), in_float32(targets)
+    is_finite = all(bool(jnp.isfinite(one).all()) for one in both)
     if not is_finite or problem.size < 12:
         return None
     measured = jax.device_get(wraparound(targets.reshape(-1), others=inputs))
@@ -159,7 +156,7 @@ def judge_rounding(data: PyTree) -> tuple[Finding, ...]:
     """
     if jax.config.read("jax_enable_x64"):
         return ()
-    findings = []
+    findings: list[Finding] = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(data):
         if not isinstance(leaf, np.ndarray) or leaf.dtype != np.float64:
             continue

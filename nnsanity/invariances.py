@@ -64,7 +64,7 @@ def judge_invariances(
     measured: dict[str, Any] = {}
     for name, transform in transforms.items():
         moved = _checked(name, transform, inputs)
-        on_inputs = invariance(lambda x: x, lambda x, m=moved: m, inputs)
+        on_inputs = invariance(lambda x: x, _always(moved), inputs)
         measured[f"invariance of the inputs, {name}"] = on_inputs
         if diagnosis is None:
             findings += preprocessing.judge_invariance(
@@ -85,7 +85,11 @@ def judge_invariances(
 
 def _of_outputs(problem: Problem, params: Params, inputs: PyTree, moved: PyTree) -> Any:
     apply_fn = jax.jit(problem.apply_fn)
-    return invariance(lambda x: apply_fn(params, x), lambda x: moved, inputs)
+    return invariance(lambda x: apply_fn(params, x), _always(moved), inputs)
+
+
+def _always(moved: PyTree) -> Callable[[PyTree], PyTree]:
+    return lambda inputs: moved
 
 
 def _checked(name: str, transform: Callable, inputs: PyTree) -> PyTree:

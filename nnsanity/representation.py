@@ -58,16 +58,16 @@ def roundtrip_error(
         Array(2., dtype=float32)
     """
     back = inverse(forward(values))
-    given, structure = jax.tree.flatten(values)
-    returned, other = jax.tree.flatten(back)
-    shapes = [jnp.shape(leaf) for leaf in given]
-    if structure != other or shapes != [jnp.shape(leaf) for leaf in returned]:
+    shapes, others = (
+        jax.tree.map(lambda leaf: jnp.shape(leaf), tree) for tree in (values, back)
+    )
+    if shapes != others:
         raise ValueError(
-            f"roundtrip_error: inverse must return what forward was given, {structure}"
-            f" of shapes {shapes}, got {other} of shapes"
-            f" {[jnp.shape(leaf) for leaf in returned]}"
+            "roundtrip_error: inverse must return what forward was given, shapes"
+            f" {shapes}, got {others}"
         )
-    parts = [_lost(*pair) for pair in zip(given, returned, strict=True)]
+    leaves = zip(jax.tree.leaves(values), jax.tree.leaves(back), strict=True)
+    parts = [_lost(*pair) for pair in leaves]
     count, squares, scaled, largest, nonfinite = (
         jnp.stack(column) for column in zip(*parts, strict=True)
     )

@@ -67,7 +67,7 @@ def judge_outcomes(
         found += _shuffled(problem, measured)
     if level <= FAILED and not _has_alarm((*known, *found)):
         found += _unexplained(problem, diagnosis, measurements["constant_loss"])
-        found += judge_by_heart(problem, diagnosis, found, measured)
+        found += judge_by_heart(problem, found, measured)
     if level <= FAILED:
         found += judge_outputs(problem, diagnosis, measured)
     return found, measured

@@ -257,9 +257,9 @@ def judge_outliers(
             f"{name}, feature {listed(str(index) for index in features)}",
             float(host.share[worst]),
             OUTLIER_SHARE,
-            f"{int(host.num_outside[worst])} values of feature {worst} of the {name} bring"
-            f" {number(100 * host.share[worst])}% of its squared deviation: they lie"
-            f" {number(host.gap[worst])} times as far out as any other (example"
+            f"{int(host.num_outside[worst])} values of feature {worst} of the {name}"
+            f" bring {number(100 * host.share[worst])}% of its squared deviation: they"
+            f" lie {number(host.gap[worst])} times as far out as any other (example"
             f" {int(host.farthest[worst])} the farthest).",
             "Look at these rows: a wrong unit, a missing value written as 9999, a slip"
             f" of the comma. Clip the feature to {number(host.low[worst])} ..."

@@ -13,7 +13,7 @@ import numpy as np
 from nnsanity.errors import ConstantBaseline
 from nnsanity.findings import Finding, listed, number
 from nnsanity.neighbors import Continuity
-from nnsanity.overfit import FITTED_SHARE, Overfit
+from nnsanity.overfit import Overfit
 from nnsanity.tracing.mixing import Mixing
 
 START_LIMIT = 3.0
@@ -22,6 +22,9 @@ START_LIMIT = 3.0
 CHANCE_LIMIT = 4.0
 """Deviations from chance up to which neighbours count as strangers, and a loss as that
 of inputs given to other targets."""
+BY_HEART_LIMIT = 0.5
+"""What may be left of a small batch's loss before a bug is blamed: what fits leaves a
+tenth, and what learns slowly lies between."""
 COLLAPSED_LIMIT = 0.01
 """Deviation of the outputs over the examples in units of the targets', up to which they
 count as one."""
@@ -205,7 +208,7 @@ def judge_overfit(
         num_examples: in the batch.
         tried: what was repaired on copies, to no avail.
     """
-    if bool(measured.fits):
+    if abs(float(measured.left)) <= BY_HEART_LIMIT:
         return ()
     left, blind = float(measured.left), float(measured.blind_loss)
     repaired = f", nor with {', '.join(tried)}" if tried else ""
@@ -216,7 +219,7 @@ def judge_overfit(
             "error",
             "network",
             left,
-            FITTED_SHARE,
+            BY_HEART_LIMIT,
             f"Trained on {num_examples} examples alone, at any of"
             f" {len(measured.scales)} learning rates, the network is left with"
             f" {number(100 * left)}% of the loss that it has without telling them apart"

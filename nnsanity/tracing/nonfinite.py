@@ -319,7 +319,7 @@ def _birth(found: FirstNonfinite) -> Birth | None:
             return (first,) if first else ()
         return tuple(int(part) for part in np.unravel_index(first, shape))
 
-    turns = {int(one): turn(one) for one in np.flatnonzero(nonfinite)}
+    turns = {one: turn(one) for one in np.flatnonzero(nonfinite).tolist()}
 
     def spoiled_by(one: int) -> list[int]:
         return [

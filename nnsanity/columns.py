@@ -123,8 +123,9 @@ def column_cycle(column: np.ndarray, targets: np.ndarray) -> Cycle:
     """
     low, span = float(column.min()), float(np.ptp(column))
     most = min(len(np.unique(column[:_MAX_ROWS])) / 4, _MAX_CYCLES)
+    nothing = Cycle(math.nan, 0.0, np.zeros_like(column))
     if not span > 0 or most <= MIN_CYCLES:
-        return Cycle(math.nan, 0.0, np.zeros_like(column))
+        return nothing
     position = (column - low) / span
     cycles = np.arange(MIN_CYCLES, most, 0.125)
     powers = _periodogram(
@@ -133,7 +134,17 @@ def column_cycle(column: np.ndarray, targets: np.ndarray) -> Cycle:
         jnp.asarray(cycles, jnp.float32),
     )
     best = int(np.argmax(powers))
-    return wave(column, targets, period=float(span / cycles[best]))
+    found = wave(column, targets, period=float(span / cycles[best]))
+    # What a few steps explain as well does not repeat.
+    return found if found.explained > _explained_by_steps(column, targets) else nothing
+
+
+def _explained_by_steps(column: np.ndarray, targets: np.ndarray) -> float:
+    """Returns what the means of eight parts with equally many examples explain."""
+    part = np.argsort(np.argsort(column, kind="stable")) * 8 // len(column)
+    counts = np.bincount(part, minlength=8).clip(1)
+    means = np.bincount(part, targets, minlength=8) / counts
+    return float(1 - np.mean((targets - means[part]) ** 2) / max(targets.var(), 1e-30))
 
 
 @jax.jit
@@ -249,7 +260,8 @@ def _wraparound(values: Array, others: Array | None) -> Wraparound:
 def _known_period(values: Array, low: Array, high: Array) -> Array:
     """Returns the period whose range the values fill, or NaN."""
     counted = jnp.array(COUNTED_PERIODS, values.dtype)
-    is_counted = jnp.all(values == jnp.round(values)) & ((low == 0) | (low == 1))
+    is_whole = jnp.all(values == jnp.round(values))
+    is_counted = is_whole & ((low == 0) | (low == 1))
     fits_counted = is_counted & (high - low == counted - 1)
     periods = jnp.array(PERIODS, values.dtype)
     starts = (jnp.abs(low) < 0.05 * periods) | (
@@ -257,6 +269,7 @@ def _known_period(values: Array, low: Array, high: Array) -> Array:
     )
     span = high - low
     fits = starts & (span > 0.95 * periods) & (span <= 1.0001 * periods)
+    fits &= ~is_whole | (periods == 360)
     found = jnp.where(
         jnp.concatenate([fits_counted, fits]),
         jnp.concatenate([counted, periods]),

@@ -18,6 +18,9 @@ from nnsanity.moments import feature_moments
 from nnsanity.outliers import outliers
 from nnsanity.problem import Problem
 
+MAX_NUMBERS = 2**23
+"""Numbers of a table up to which outliers are looked for."""
+
 
 class Examined(NamedTuple):
     """What the data show.
@@ -62,6 +65,7 @@ def _inputs(problem: Problem, limits: Limits) -> Examined:
         return Examined((), {}, {"normalization of the inputs": reason})
     findings: list[Finding] = []
     measurements: dict[str, Any] = {}
+    skipped: dict[str, str] = {}
     leaves = jax.tree_util.tree_leaves_with_path(problem.inputs)
     for path, leaf in leaves:
         name = f"inputs{jax.tree_util.keystr(path)}"
@@ -69,15 +73,17 @@ def _inputs(problem: Problem, limits: Limits) -> Examined:
         measured = scales.normalization(leaf, groups=groups)
         measurements[name] = measured
         findings += normalization.judge_inputs(measured, name=name, limits=limits)
-        if leaf.ndim <= 2:  # the channel of an image has no rows
-            far = outliers(leaf)
-            measurements[f"outliers of {name}"] = far
-            findings += normalization.judge_outliers(
-                far, feature_moments(leaf), name=name
-            )
         if jnp.issubdtype(leaf.dtype, jnp.integer) and len(leaves) == 1:
             findings += preprocessing.judge_integers(name, leaf.dtype)
-    return Examined(tuple(findings), measurements, {})
+        if leaf.ndim > 2:
+            continue  # the channel of an image has no rows
+        if leaf.size > MAX_NUMBERS:
+            skipped[f"outliers of {name}"] = f"more than {MAX_NUMBERS:,} numbers"
+        else:
+            far = outliers(leaf)
+            measurements[f"outliers of {name}"] = far
+            findings += normalization.judge_outliers(far, name=name)
+    return Examined(tuple(findings), measurements, skipped)
 
 
 def _targets(problem: Problem, limits: Limits) -> Examined:
@@ -89,7 +95,7 @@ def _targets(problem: Problem, limits: Limits) -> Examined:
     measured = scales.target_scale(outputs, problem.targets)
     findings = [*normalization.judge_targets(measured, limits=limits)]
     far = outliers(problem.targets.reshape(problem.size, -1))
-    findings += normalization.judge_outliers(far, measured.targets, name="targets")
+    findings += normalization.judge_outliers(far, name="targets")
     measurements: dict[str, Any] = {"targets": measured, "outliers of targets": far}
     circle = circle_of_targets(problem)
     if circle is not None:

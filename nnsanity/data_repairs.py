@@ -14,11 +14,13 @@ from nnsanity.columns import (
     wraparound,
 )
 from nnsanity.findings import Finding
-from nnsanity.moments import feature_moments
 from nnsanity.outliers import outliers
 from nnsanity.problem import Problem
 from nnsanity.repairs import Repair, standardizing
 from nnsanity.targets import target_columns
+
+MIN_SHARE = 0.3
+"""Share of what several columns of targets vary that lies in the one looked at."""
 
 
 def data_repairs(problem: Problem) -> tuple[Repair, ...]:
@@ -31,8 +33,8 @@ def _clipping(problem: Problem) -> tuple[Repair, ...]:
     inputs = problem.inputs
     if problem.tokens or not isinstance(inputs, jax.Array) or inputs.ndim != 2:
         return ()
-    measured, moments = outliers(inputs), feature_moments(inputs)
-    apart = normalization.lies_apart(measured, moments)
+    measured = outliers(inputs)
+    apart = normalization.lies_apart(measured)
     if not apart.any():
         return ()
     low, high = (
@@ -41,7 +43,7 @@ def _clipping(problem: Problem) -> tuple[Repair, ...]:
     )
     clipped = jnp.clip(inputs, low, high).astype(inputs.dtype)
     shift, scale = standardizing(problem, clipped)
-    (finding,) = normalization.judge_outliers(measured, moments)
+    (finding,) = normalization.judge_outliers(measured)
     return (
         Repair(
             "clipping the outliers and standardizing the inputs",
@@ -62,7 +64,11 @@ def column_suspicions(problem: Problem) -> tuple[Finding, ...]:
 
 
 def _columns(problem: Problem) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """Lists the columns of a table, each with the targets as one column of numbers."""
+    """Lists the columns of a table, each with the targets as one column of numbers.
+
+    Where targets have several columns, the one direction in which the column's values
+    differ most, if that is a good part of what the targets vary.
+    """
     inputs = problem.inputs
     is_table = isinstance(inputs, jax.Array) and inputs.ndim == 2 and not problem.tokens
     if not is_table or problem.kind is None:
@@ -72,11 +78,13 @@ def _columns(problem: Problem) -> list[tuple[int, np.ndarray, np.ndarray]]:
     if len(targets) != len(table) or not np.isfinite(targets).all():
         return []
     features = range(min(table.shape[1], preprocessing.MAX_FEATURES))
-    return [
+    columns = [
         (feature, table[:, feature], _one_column(table[:, feature], targets))
         for feature in features
         if np.isfinite(table[:, feature]).all()
     ]
+    least = MIN_SHARE * targets.var(axis=0).sum()
+    return [one for one in columns if one[2].var() > least]
 
 
 def _one_column(column: np.ndarray, targets: np.ndarray) -> np.ndarray:

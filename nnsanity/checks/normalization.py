@@ -36,8 +36,8 @@ OUTLIER_SHARE = 0.5
 OUTLIER_GAP = 3.0
 """Distance of the nearest outlier over that of the farthest other value, from which on
 they lie apart; a heavy tail has no such gap."""
-OUTLIER_ROWS = 0.01
-"""Share of the rows up to which they are few."""
+OUTLIER_SURPRISE = 7.0
+"""By which the gap has to surprise; a heavy tail alone does once in a thousand."""
 
 
 def judge_inputs(
@@ -197,10 +197,7 @@ def judge_targets(
     ratio = float(np.sqrt(np.mean(host.ratio**2)))
     limit = limits.get("normalization/unnormalized-targets", TARGET_LIMIT)
     if not ratio <= limit:
-        sizes = [
-            float(np.sqrt(np.mean(one.mean**2 + _deviation(one) ** 2)))
-            for one in (host.targets, host.outputs)
-        ]
+        sizes = [_size(one) for one in (host.targets, host.outputs)]
         findings.append(
             Finding(
                 "normalization/unnormalized-targets",
@@ -216,6 +213,12 @@ def judge_targets(
             )
         )
     return tuple(findings)
+
+
+def _size(moments: Moments) -> float:
+    """Returns the root mean square over all features."""
+    parts = np.stack([moments.mean, _deviation(moments)]).astype(np.float64)
+    return float(np.sqrt(np.mean(np.sum(parts**2, axis=0))))
 
 
 def _target_advice(moments: Moments) -> str:
@@ -234,18 +237,15 @@ def _target_advice(moments: Moments) -> str:
     )
 
 
-def judge_outliers(
-    measured: Outliers, moments: Moments, *, name: str = "inputs"
-) -> tuple[Finding, ...]:
+def judge_outliers(measured: Outliers, *, name: str = "inputs") -> tuple[Finding, ...]:
     """Says which features a few rows far from the rest have a hold on.
 
     Args:
         measured: as ``outliers`` returns.
-        moments: of the same values.
         name: what they are.
     """
     host = jax.tree.map(np.atleast_1d, jax.device_get(measured))
-    features = np.flatnonzero(lies_apart(host, moments))
+    features = np.flatnonzero(lies_apart(host))
     if not features.size:
         return ()
     worst = int(features[np.argmax(host.share[features])])
@@ -269,12 +269,11 @@ def judge_outliers(
     )
 
 
-def lies_apart(measured: Outliers, moments: Moments) -> np.ndarray:
+def lies_apart(measured: Outliers) -> np.ndarray:
     """Tells which features have a few outliers that decide their deviation."""
     host = jax.tree.map(np.atleast_1d, jax.device_get(measured))
-    rows = np.atleast_1d(jax.device_get(moments.count))
-    is_few = host.num_outside <= np.maximum(OUTLIER_ROWS * rows, 1)
-    return is_few & (host.share > OUTLIER_SHARE) & (host.gap > OUTLIER_GAP)
+    is_gap = (host.gap > OUTLIER_GAP) & (host.surprise > OUTLIER_SURPRISE)
+    return is_gap & (host.share > OUTLIER_SHARE)
 
 
 def judge_finite_targets(moments: Moments) -> tuple[Finding, ...]:

@@ -7,12 +7,15 @@ from sklearn.preprocessing import StandardScaler
 from nnsanity.checks.normalization import (
     judge_finite_targets,
     judge_inputs,
+    judge_outliers,
     judge_split,
     judge_targets,
-    normalization,
     unstandardized,
 )
+from nnsanity.data import judge_rounding
 from nnsanity.moments import feature_moments, merge_moments, z_scores
+from nnsanity.outliers import outliers
+from nnsanity.scales import normalization, target_scale
 
 RNG = np.random.default_rng(0)
 NORMAL = RNG.normal(size=(400, 4))
@@ -216,7 +219,8 @@ def test_unstandardized_is_named_after_what_it_is_about():
     ],
 )
 def test_judge_targets(targets, output_size, expected):
-    assert rules(judge_targets(normalization(targets), output_size)) == expected
+    outputs = np.array([output_size, -output_size], np.float32)
+    assert rules(judge_targets(target_scale(outputs, targets))) == expected
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0, []), (NAN, ["nonfinite-target"])])
@@ -230,7 +234,10 @@ def test_judge_finite_targets(value, expected):
     [
         (normal()[200:], []),
         (normal()[:1], []),
-        (normal(1.0, np.array([9.0, 0, 0, 0])), []),
+        (normal(1.0, np.array([1.0, 0, 0, 0])), []),
+        (normal(np.array([3.0, 1, 1, 1])), []),
+        (normal(np.array([30.0, 1, 1, 1])), ["split-mismatch"]),
+        (normal(np.array([0.03, 1, 1, 1])), ["split-mismatch"]),
         (normal(1.0, 2.0), ["split-mismatch"]),
         (normal(255.0), ["split-mismatch"]),
         (normal(0.1), ["split-mismatch"]),
@@ -240,3 +247,102 @@ def test_judge_split(held_out, expected):
     findings = judge_split(feature_moments(normal()), feature_moments(held_out))
     assert rules(findings) == expected
     assert all(finding.severity == "warning" for finding in findings)
+
+
+def test_another_mean_of_one_feature_is_worth_knowing():
+    later = normal(1.0, np.array([9.0, 0, 0, 0]))
+    (found,) = judge_split(feature_moments(normal()), feature_moments(later))
+    assert (found.rule, found.severity) == ("normalization/split-mismatch", "info")
+    assert "feature 0 has mean" in found.message
+
+
+def test_split_of_targets_is_told_by_name():
+    both = feature_moments(normal()[:, 0]), feature_moments(50 + 20 * normal()[:, 0])
+    for pair in (both, both[::-1]):
+        (found,) = judge_split(*pair, name="targets")
+        assert (found.severity, found.where) == (
+            "warning",
+            "validation targets, 1 of 1 columns",
+        )
+
+
+HEAVY = {
+    "normal": RNG.normal(size=(1000, 3)),
+    "uniform": RNG.uniform(size=(1000, 3)),
+    "lognormal": np.exp(RNG.normal(size=(1000, 3))),
+    "wide lognormal": np.exp(2 * RNG.normal(size=(1000, 3))),
+    "t, 2 degrees of freedom": RNG.standard_t(2, size=(1000, 3)),
+    "exponential": RNG.exponential(size=(1000, 3)),
+    "rare events": (RNG.uniform(size=(1000, 3)) < 0.002).astype(float),
+    "counts": RNG.poisson(0.05, size=(1000, 3)).astype(float),
+    "constant": np.ones((1000, 3)),
+    "two heaps": np.where(RNG.uniform(size=(1000, 3)) < 0.4, 50, 0)
+    + RNG.normal(size=(1000, 3)),
+}
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e6])
+@pytest.mark.parametrize("name", HEAVY)
+def test_no_outliers(name, scale):
+    values = (scale * HEAVY[name]).astype(np.float32)
+    assert judge_outliers(outliers(values)) == ()
+
+
+@pytest.mark.parametrize("name", ["normal", "uniform", "lognormal", "exponential"])
+@pytest.mark.parametrize(
+    "rows", [[7], [7, 9, 500], [999, 0]], ids=["one", "three", "ends"]
+)
+def test_outliers_are_found(name, rows):
+    values = HEAVY[name].copy()
+    values[rows, 1] = -9999.0
+    values = values.astype(np.float32)
+    measured = outliers(values)
+    (found,) = judge_outliers(measured)
+    assert found.rule == "normalization/outliers"
+    assert found.where == "inputs, feature 1"
+    others = np.delete(values[:, 1], rows)
+    assert measured.num_outside[1] == len(rows)
+    assert measured.low[1] == others.min()
+    assert measured.high[1] == others.max()
+    assert int(measured.farthest[1]) in rows
+    centre = others.mean(dtype=np.float64)
+    squares = (values[:, 1].astype(np.float64) - centre) ** 2
+    assert found.measured == pytest.approx(
+        squares[rows].sum() / squares.sum(), abs=0.01
+    )
+
+
+def test_outliers_of_values_that_are_not_finite():
+    values = HEAVY["normal"].astype(np.float32).copy()
+    values[3, 0], values[4, 0], values[5, 0] = NAN, INF, 1e4
+    measured = outliers(values)
+    (found,) = judge_outliers(measured)
+    assert (found.where, measured.num_outside[0]) == ("inputs, feature 0", 1)
+    assert measured.farthest[0] == 5
+
+
+def test_heavy_tails_surprise_as_seldom_as_said():
+    tails = np.random.default_rng(1).pareto(1.0, size=(1000, 400)) + 1
+    surprise = np.asarray(outliers(jnp.asarray(tails, jnp.float32)).surprise)
+    # The largest of ten spacings; alpha itself is an estimate.
+    assert np.mean(surprise > 7) < 0.03
+
+
+def test_target_scale_against_numpy():
+    targets = NORMAL * SCALES + SHIFTS
+    found = target_scale(normal(3.0), targets.astype(np.float32))
+    reference = np.sqrt((9 * NORMAL**2).mean())
+    rms = np.sqrt((targets**2).mean(axis=0))
+    np.testing.assert_allclose(found.ratio, rms / reference, rtol=1e-4)
+
+
+def test_rounding_matters_for_times_and_not_for_sizes():
+    times = 1.7e9 + 60 * NORMAL
+    for data, expected in ((times, ["rounded"]), (NORMAL * SCALES + SHIFTS, [])):
+        assert rules(judge_rounding((data, NORMAL))) == expected
+    (found,) = judge_rounding(({"a": NORMAL, "b": times}, NORMAL))
+    error = times - times.astype(np.float32)
+    expected = (np.sqrt((error**2).mean(axis=0)) / times.std(axis=0)).max()
+    assert found.measured == pytest.approx(expected)
+    assert found.where.startswith("inputs['b']")
+    assert judge_rounding((times.astype(np.float32), NORMAL)) == ()

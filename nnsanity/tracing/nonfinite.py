@@ -145,7 +145,7 @@ def _first_nonfinite(loss_fn: LossFn, params: Params, batch: PyTree) -> FirstNon
         return jax.value_and_grad(loss_of)(trained)
 
     program = compat.trace(step, leaves, batch)
-    steps = open_up(program, len(leaves))
+    steps = open_up(program, len(leaves), all_control=True)
     sites = {
         site: value
         for value, site in enumerate(steps.sites)
@@ -216,7 +216,7 @@ def _places(
     names, layers = labels
     index = {value: number for number, value in enumerate(sites.values())}
     sources = _sources(steps, sites)
-    belongs = _layers_of(steps, layers)
+    belongs = _layers_of(steps, layers, sources)
     values = []
     for site, value in sites.items():
         maker = steps.makers.get(value)
@@ -275,7 +275,9 @@ def _sources(steps: Steps, sites: dict[Site, int]) -> dict[int, list[int]]:
     }
 
 
-def _layers_of(steps: Steps, layers: dict[int, str]) -> dict[int, str]:
+def _layers_of(
+    steps: Steps, layers: dict[int, str], sources: dict[int, list[int]]
+) -> dict[int, str]:
     """Says to which layer each value belongs: the last one whose weight it has met.
 
     What comes back in the backward pass belongs to the layer of what it meets there.
@@ -285,11 +287,26 @@ def _layers_of(steps: Steps, layers: dict[int, str]) -> dict[int, str]:
     backward: set[int] = set()
     loss = steps.makers.get(steps.outputs[0]) if steps.outputs[0] is not None else None
     is_after = False
+
+    def layer_of(value: int) -> str | None:
+        if value not in found and value not in steps.makers:  # an argument of a body
+            known = [found[one] for one in sources.get(value, ()) if one in found]
+            if known:
+                found[value] = max(known, key=order.__getitem__)
+        return found.get(value)
+
     for step in steps.steps:
         read = [value for value in step.inputs if value is not None]
-        known = [found[value] for value in read if value in found]
+        if step.is_opened:
+            read = [one for output in step.outputs for one in sources.get(output, ())]
+        of_values = {value: layer_of(value) for value in read}
+        known = [name for name in of_values.values() if name is not None]
         if is_after:
-            met = [found[v] for v in read if v in found and v not in backward]
+            met = [
+                name
+                for value, name in of_values.items()
+                if name is not None and value not in backward
+            ]
             known = met or known
             backward.update(step.outputs)
         if step.eqn.primitive.name in CONTRACTIONS | LOOK_UPS:

@@ -19,16 +19,19 @@ from nnsanity.tracing.operations import (
 from nnsanity.tracing.steps import ARGUMENTS, Origin, Site, Step, Steps, joined
 
 
-def open_up(program: Program, num_parameters: int) -> Steps:
+def open_up(
+    program: Program, num_parameters: int, *, all_control: bool = False
+) -> Steps:
     """Lists the steps of a program whose first arguments are the parameters.
 
     Args:
         program: as traced.
         num_parameters: how many of its leading arguments are leaves of the parameters.
+        all_control: whether loops and branches are opened that hold no layer.
     """
     inner_layers: frozenset[Path] = frozenset()
     while True:
-        builder = _Builder(inner_layers)
+        builder = _Builder(inner_layers, all_control=all_control)
         inputs, outputs = builder.whole(program, num_parameters)
         if builder.found <= inner_layers:
             break
@@ -59,7 +62,8 @@ def _is_key(aval: Any) -> bool:
 class _Builder:
     """Walks through a jaxpr and what it runs, and numbers the values."""
 
-    def __init__(self, inner_layers: frozenset[Path]) -> None:
+    def __init__(self, inner_layers: frozenset[Path], *, all_control: bool) -> None:
+        self.all_control = all_control
         self.inner_layers = inner_layers
         self.found: frozenset[Path] = frozenset()
         self.steps: list[Step] = []
@@ -118,12 +122,16 @@ class _Builder:
                     self.own_derivative.add(here)
                 found = self.open(body[0], self._passed(eqn, operands), body[1], here)
                 outputs = tuple(self._numbered(body[0].outvars, found))
-            elif _holds_layers(eqn) and (bodies := control.bodies(eqn, here)):
+            elif bodies := self._bodies(eqn, here):
                 outputs = self._add_control(eqn, operands, bodies, here)
             else:
                 outputs = self._add(eqn, operands, here)
             numbers |= dict(zip(eqn.outvars, outputs, strict=True))
         return tuple(number(atom) for atom in jaxpr.outvars)
+
+    def _bodies(self, eqn: Equation, path: Path) -> tuple[Body, ...]:
+        is_opened = self.all_control or _holds_layers(eqn)
+        return control.bodies(eqn, path) if is_opened else ()
 
     def _passed(self, eqn: Equation, operands: tuple[int | None, ...]) -> list[int]:
         """Gives literals a number that are passed into a body."""

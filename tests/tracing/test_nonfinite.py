@@ -121,8 +121,8 @@ BIRTHS = {
         INPUTS,
         ("w1", "sub", False, ()),
     ),
-    "turn of a scan": (scanned, STACK, INPUTS, ("w", "exp", False, (2,))),
-    "turn of a while loop": (looped, STACK, INPUTS, ("w", "exp", False, (2,))),
+    "turn of a scan": (scanned, STACK, INPUTS, ("w", "exp", False, (1,))),
+    "turn of a while loop": (looped, STACK, INPUTS, ("w", "exp", False, (1,))),
     "branch": (branched, PARAMS, INPUTS, ("w1", "log", False, ())),
     "remat": (remade, PARAMS, INPUTS, ("w1", "log", False, ())),
 }

@@ -84,31 +84,40 @@ def feature_moments(values: Array, *, axis_name: str | None = None) -> Moments:
     values = _checked(values)
     axes = tuple(range(max(values.ndim - 1, 1)))
     lowest, highest = jnp.min(values, axes), jnp.max(values, axes)
-    is_finite = jnp.all(jnp.isfinite(lowest) & jnp.isfinite(highest))
-    # Asking every number whether it is finite costs more than all the rest.
+    # A sum of numbers near 0 rounds less.
+    pivot = lowest / 2 + highest / 2
+    total = jnp.sum(values - pivot, axes)
+    # A sum tells NaN where a minimum may drop it (XLA on CPU, from JAX 0.10 on); asking
+    # every number costs more than all the rest.
     moments = jax.lax.cond(
-        is_finite, _moments_of_finite, _moments_of_any, values, lowest, highest
+        jnp.all(jnp.isfinite(total)),
+        _moments_of_finite,
+        lambda values, *_: _moments_of_any(values),
+        values,
+        lowest,
+        highest,
+        pivot,
+        total,
     )
     return moments if axis_name is None else _merged_over(moments, axis_name)
 
 
-def _moments_of_finite(values: Array, lowest: Array, highest: Array) -> Moments:
+def _moments_of_finite(
+    values: Array, lowest: Array, highest: Array, pivot: Array, total: Array
+) -> Moments:
     axes = tuple(range(max(values.ndim - 1, 1)))
     size = math.prod(values.shape[axis] for axis in axes)
-    # A sum of numbers near 0 rounds less.
-    pivot = lowest / 2 + highest / 2
-    correction = jnp.sum(values - pivot, axes) / size
+    correction = total / size
     mean = pivot + correction
     squares = jnp.sum((values - mean) ** 2, axes)
     rounding = (pivot - mean) + correction
     corrected = jnp.maximum(squares - size * rounding**2, 0)
     squares = jnp.where(jnp.isfinite(squares), corrected, squares)
-    nonfinite = (lowest != lowest).astype(jnp.int32)
+    nonfinite = (total != total).astype(jnp.int32)
     return Moments(size - nonfinite, mean, squares, lowest, highest, nonfinite)
 
 
-def _moments_of_any(values: Array, lowest: Array, highest: Array) -> Moments:
-    del lowest, highest
+def _moments_of_any(values: Array) -> Moments:
     finite = jnp.isfinite(values)
     axes = tuple(range(max(values.ndim - 1, 1)))
     count = jnp.sum(finite, axes, dtype=jnp.int32)

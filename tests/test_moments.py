@@ -6,8 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn import datasets
+from sklearn.preprocessing import StandardScaler
 
-from nnsanity.moments import Moments, feature_moments, merge_moments, z_scores
+from nnsanity.moments import (
+    Moments,
+    denormalize,
+    feature_moments,
+    group_moments,
+    merge_moments,
+    normalize,
+    z_scores,
+)
 
 RNG = np.random.default_rng(0)
 NAN, INF = np.nan, np.inf
@@ -218,3 +228,68 @@ def test_updated_in_a_scan():
 def test_what_holds_no_numbers_is_refused(values, error, words):
     with pytest.raises(error, match=rf"feature_moments: .*{words}"):
         feature_moments(values)
+
+
+TABLES = ("wine", "breast_cancer", "diabetes", "digits", "iris")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_real_tables_against_scikit_learn(name):
+    values = getattr(datasets, f"load_{name}")().data
+    moments = feature_moments(jnp.asarray(values, jnp.float32))
+    scaler = StandardScaler().fit(values)
+    np.testing.assert_allclose(moments.mean, scaler.mean_, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(moments.scale, scaler.scale_, rtol=1e-4)
+    np.testing.assert_allclose(
+        normalize(jnp.asarray(values, jnp.float32), moments),
+        scaler.transform(values),
+        atol=1e-3,
+    )
+
+
+def test_a_million_rows_far_from_zero():
+    values = (1e4 + 0.1 * RNG.normal(size=(1_000_000, 1))).astype(np.float32)
+    expected = values.astype(np.float64)
+    moments = jax.jit(feature_moments)(values)
+    assert moments.mean[0] == pytest.approx(expected.mean(), abs=1e-3)
+    assert moments.deviation[0] == pytest.approx(expected.std(), rel=1e-3)
+    spoiled = values.copy()
+    spoiled[7] = NAN
+    slow = jax.jit(feature_moments)(spoiled)
+    assert slow.deviation[0] == pytest.approx(float(moments.deviation[0]), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.uint8, np.int32])
+def test_normalize_and_back(dtype):
+    values = jnp.asarray(RNG.integers(0, 200, (50, 3)), dtype).at[:, 1].set(7)
+    moments = feature_moments(values)
+    normal = normalize(values, moments)
+    is_float = jnp.issubdtype(dtype, jnp.floating)
+    assert normal.dtype == (dtype if is_float else jnp.float32)
+    assert jnp.isfinite(normal).all()
+    assert (normal[:, 1] == 0).all()
+    back = denormalize(normal, moments).astype(jnp.float32)
+    error = jnp.max(jnp.abs(back - values.astype(jnp.float32)))
+    assert error < (2 if dtype == jnp.bfloat16 else 1e-3)
+
+
+@pytest.mark.parametrize("groups", [[0, 0, 1, 1], [5, 2, 5, 2], [0, 1, 2, 3]])
+def test_groups_against_numpy(groups):
+    groups = np.asarray(groups)
+    shared = group_moments(feature_moments(VALUES), groups=groups)
+    for feature, group in enumerate(groups):
+        members = VALUES[:, groups == group].astype(np.float64)
+        assert shared.mean[feature] == pytest.approx(members.mean(), rel=1e-5)
+        assert shared.deviation[feature] == pytest.approx(members.std(), rel=1e-5)
+        assert shared.minimum[feature] == members.min()
+        assert shared.count[feature] == members.size
+    normal = normalize(jnp.asarray(VALUES), shared)
+    ratio = normal[:, 0].std() / VALUES[:, 0].std()
+    for feature in np.flatnonzero(groups == groups[0]):
+        other = normal[:, feature].std() / VALUES[:, feature].std()
+        assert other == pytest.approx(float(ratio), rel=1e-4)
+
+
+def test_groups_must_be_as_many_as_features():
+    with pytest.raises(ValueError, match="each of the 4 features, got 2"):
+        group_moments(feature_moments(VALUES), groups=[0, 1])

@@ -12,7 +12,6 @@ from nnsanity._types import Array, Params, PyTree
 from nnsanity.checks import results
 from nnsanity.copies import Copy, plain, prepared, quiet_loss_of
 from nnsanity.dependence import input_dependence
-from nnsanity.errors import constant_baseline
 from nnsanity.findings import Finding
 from nnsanity.interventions import Diagnosis
 from nnsanity.measure import perfect_loss, some_examples
@@ -135,8 +134,6 @@ def judge_outputs(
     findings: list[Finding] = []
     if problem.kind is not None:
         outputs = in_float32(jax.jit(problem.apply_fn)(params, batch[0]))
-        if problem.kind == "numbers":
-            measured["constant_baseline"] = constant_baseline(outputs, batch[1])
         columns = in_float32(target_columns(batch[1], problem.kind))
         spread = float(np.mean(np.std(np.asarray(outputs), axis=0)))
         wanted = float(np.mean(np.std(np.asarray(columns), axis=0)))
@@ -144,5 +141,6 @@ def judge_outputs(
     if problem.size > 1:
         found = input_dependence(problem.loss_fn, params, batch, key=jax.random.key(0))
         measured["input_dependence"] = found
-        findings += results.judge_dependence(float(found.z_score))
+        if np.isfinite(found.loss):
+            findings += results.judge_dependence(float(found.z_score))
     return findings

@@ -367,5 +367,11 @@ def _summary(problem: Problem, diagnosis: Diagnosis | None, book: _Book) -> str:
     return (
         f"The network {verdict}: {measure} {to_unit(level):.2f} after"
         f" {diagnosis.num_steps} steps on {problem.size} examples, the mean of those"
-        " trained on and others."
+        f" trained on and others.{_errors(book)}"
     )
+
+
+def _errors(book: _Book) -> str:
+    measured = book.measurements.get("constant_baseline")
+    words = "" if measured is None else results.errors_in_words(measured)
+    return f" Its error is {words}, in the unit of the targets." if words else ""

@@ -19,6 +19,8 @@ from nnsanity.problem import Problem
 from nnsanity.repairs import Repair, standardizing
 from nnsanity.targets import target_columns
 
+MAX_COLUMNS = 64
+"""Columns of targets, or classes, up to which columns of inputs are looked at."""
 MIN_SHARE = 0.3
 """Share of what several columns of targets vary that lies in the one looked at."""
 
@@ -71,7 +73,7 @@ def _columns(problem: Problem) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """
     inputs = problem.inputs
     is_table = isinstance(inputs, jax.Array) and inputs.ndim == 2 and not problem.tokens
-    if not is_table or problem.kind is None:
+    if not is_table or problem.kind is None or _num_columns(problem) > MAX_COLUMNS:
         return []
     table = np.asarray(inputs, np.float64)
     targets = np.asarray(target_columns(problem.targets, problem.kind), np.float64)
@@ -85,6 +87,14 @@ def _columns(problem: Problem) -> list[tuple[int, np.ndarray, np.ndarray]]:
     ]
     least = MIN_SHARE * targets.var(axis=0).sum()
     return [one for one in columns if one[2].var() > least]
+
+
+def _num_columns(problem: Problem) -> int:
+    """Returns how many columns of numbers the targets make."""
+    per_example = problem.targets.size // problem.size
+    if problem.kind != "classes":
+        return per_example
+    return per_example * (int(problem.targets.max()) + 1)
 
 
 def _one_column(column: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from nnsanity.checks import (
     regularization,
     results,
 )
+from nnsanity.errors import constant_baseline
 from nnsanity.findings import Finding
 from nnsanity.interventions import Diagnosis
 from nnsanity.levels import FAILED, LEARNED
@@ -56,7 +57,7 @@ def judge_outcomes(
         *_symmetry(problem, diagnosis, measurements),
         *_overfitting(outcome, findings),
     ]
-    measured: dict[str, Any] = {}
+    measured = _errors(problem, outcome)
     if level < LEARNED:
         found += _contradictions(problem, measured)
         found += _seams(problem, diagnosis, measured)
@@ -71,6 +72,15 @@ def judge_outcomes(
     if level <= FAILED:
         found += judge_outputs(problem, diagnosis, measured)
     return found, measured
+
+
+def _errors(problem: Problem, outcome: Outcome) -> dict[str, Any]:
+    """Measures the errors after training, in the unit of the targets."""
+    if problem.kind != "numbers":
+        return {}
+    inputs, targets = some_examples(problem)
+    outputs = jax.jit(problem.apply_fn)(outcome.params, inputs)
+    return {"constant_baseline": constant_baseline(outputs, targets)}
 
 
 def _has_alarm(findings: Sequence[Finding]) -> bool:

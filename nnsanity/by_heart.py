@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -135,8 +136,8 @@ def judge_outputs(
     if problem.kind is not None:
         outputs = in_float32(jax.jit(problem.apply_fn)(params, batch[0]))
         columns = in_float32(target_columns(batch[1], problem.kind))
-        spread = float(np.mean(np.std(np.asarray(outputs), axis=0)))
-        wanted = float(np.mean(np.std(np.asarray(columns), axis=0)))
+        spread = float(jnp.mean(jnp.std(outputs, axis=0)))
+        wanted = float(jnp.mean(jnp.std(columns, axis=0)))
         findings += results.judge_collapse(spread, wanted)
     if problem.size > 1:
         found = input_dependence(problem.loss_fn, params, batch, key=jax.random.key(0))

@@ -16,6 +16,7 @@ from nnsanity.checks import (
     normalization,
     results,
 )
+from nnsanity.dynamics import measure_dynamics
 from nnsanity.findings import CONSEQUENCES, Finding, listed
 from nnsanity.interventions import Diagnosis, intervene, train_original, untouched
 from nnsanity.levels import FAILED, LEARNED, unit_of
@@ -264,6 +265,10 @@ def _measure_network(problem: Problem, book: _Book) -> None:
     measured = measure_network(problem, batch)
     constant = constant_loss(problem, batch)
     book.measurements |= measured._asdict() | {"constant_loss": constant}
+    dynamics = measure_dynamics(problem, batch)
+    book.findings += dynamics.findings
+    book.measurements |= dynamics.measurements
+    book.skipped |= dynamics.skipped
     book.findings += initialization.judge_finite(problem.params)
     limit = book.limits.get("results/start-loss", results.START_LIMIT)
     start = data_loss(problem, problem.params, batch)

@@ -9,7 +9,7 @@ import numpy as np
 
 from nnsanity._types import LossFn, Params, PyTree
 from nnsanity.tracing import compat
-from nnsanity.tracing.batch_axis import RULES
+from nnsanity.tracing.axes import RULES, used
 from nnsanity.tracing.reach import Frame, body_of, place
 
 
@@ -71,7 +71,7 @@ def _follow(
     def mark_of(atom: compat.Atom) -> Mark:
         return Mark() if compat.is_literal(atom) else known.get(atom, Mark())
 
-    for eqn in jaxpr.eqns:
+    for eqn in used(jaxpr):
         operands = [mark_of(atom) for atom in eqn.invars]
         rule = _CONTROL.get(eqn.primitive.name, _call)
         known |= dict(zip(eqn.outvars, rule(eqn, operands, frame, found), strict=True))

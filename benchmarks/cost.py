@@ -28,12 +28,12 @@ def seconds(function, *args):
     return time.perf_counter() - began
 
 
-def ratios(bare, calls):
+def ratios(bare, calls, *, turns=TURNS):
     """Median time of each call in units of the bare one."""
     for call in (bare, *calls.values()):
         seconds(*call)
     found = {name: [] for name in calls}
-    for turn in range(TURNS):
+    for turn in range(turns):
         unit = seconds(*bare)
         for name in list(calls)[:: 1 if turn % 2 else -1]:
             found[name].append(seconds(*calls[name]) / unit)

@@ -1,11 +1,6 @@
 """nnsanity: finds out why a neural network does not train, in any JAX code."""
 
 from nnsanity._tree import leaf_names
-from nnsanity.checks.batch_size import (
-    NoiseScale,
-    example_gradient_norms,
-    gradient_noise_scale,
-)
 from nnsanity.checks.final_activation import Reachable, reachable
 from nnsanity.checks.gradients import (
     DeadUnits,
@@ -14,9 +9,20 @@ from nnsanity.checks.gradients import (
     gradient_stats,
 )
 from nnsanity.checks.initialization import WeightStats, weight_stats
-from nnsanity.checks.learning_rate import LRRange, LRSweep, lr_range, lr_sweep
+from nnsanity.checks.learning_rate import (
+    OutlierExamples,
+    outlier_examples,
+    update_ratios,
+)
 from nnsanity.checks.preprocessing import Duplicates, duplicates
+from nnsanity.checks.regularization import (
+    GeneralizationGap,
+    generalization_gap,
+    penalty_pull,
+    weight_decay,
+)
 from nnsanity.checkup import checkup
+from nnsanity.clipping import Clipping, clipping
 from nnsanity.columns import Wraparound, wraparound
 from nnsanity.curvature import Sharpness, sharpness
 from nnsanity.dependence import (
@@ -31,6 +37,7 @@ from nnsanity.errors import (
     constant_baseline,
     worst_examples,
 )
+from nnsanity.example_norms import example_gradient_norms
 from nnsanity.findings import DiagnosisError, Finding
 from nnsanity.lint import lint
 from nnsanity.moments import (
@@ -45,8 +52,21 @@ from nnsanity.moments import (
 from nnsanity.monitor.state import MonitorState
 from nnsanity.monitor.watch import Monitor, monitor
 from nnsanity.neighbors import Continuity, continuity
+from nnsanity.noise_average import (
+    NoiseAverage,
+    add_noise,
+    averaged_noise,
+    noise_average,
+)
+from nnsanity.noise_scale import (
+    NoiseScale,
+    gradient_noise_scale,
+    leaf_noise_scales,
+    value_and_grad_with_noise,
+)
 from nnsanity.outliers import Outliers, outliers
 from nnsanity.overfit import Overfit, overfit_batch
+from nnsanity.rate_curves import LRRange, LRSweep, lr_range, lr_sweep
 from nnsanity.report import Report
 from nnsanity.representation import (
     Invariance,
@@ -66,12 +86,14 @@ from nnsanity.tracing.bounds import Bounds, output_bounds
 from nnsanity.tracing.layers import Layer, Uninspected, layers
 from nnsanity.tracing.noise import Dropout, dropout_rates
 from nnsanity.tracing.nonfinite import Birth, FirstNonfinite, Places, first_nonfinite
+from nnsanity.training_noise import LossNoise, noise
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Birth",
     "Bounds",
+    "Clipping",
     "ConstantBaseline",
     "Continuity",
     "DeadUnits",
@@ -81,17 +103,21 @@ __all__ = [
     "ExampleIndependence",
     "Finding",
     "FirstNonfinite",
+    "GeneralizationGap",
     "GradientStats",
     "InputDependence",
     "Invariance",
     "LRRange",
     "LRSweep",
     "Layer",
+    "LossNoise",
     "Moments",
     "Monitor",
     "MonitorState",
+    "NoiseAverage",
     "NoiseScale",
     "Normalization",
+    "OutlierExamples",
     "Outliers",
     "Overfit",
     "Places",
@@ -106,8 +132,11 @@ __all__ = [
     "WorstExamples",
     "Wraparound",
     "activations",
+    "add_noise",
+    "averaged_noise",
     "averaged_terms",
     "checkup",
+    "clipping",
     "constant_baseline",
     "continuity",
     "dead_units",
@@ -118,6 +147,7 @@ __all__ = [
     "example_independence",
     "feature_moments",
     "first_nonfinite",
+    "generalization_gap",
     "gradient_noise_scale",
     "gradient_stats",
     "group_moments",
@@ -125,21 +155,29 @@ __all__ = [
     "invariance",
     "layers",
     "leaf_names",
+    "leaf_noise_scales",
     "lint",
     "lr_range",
     "lr_sweep",
     "merge_moments",
     "monitor",
+    "noise",
+    "noise_average",
     "normalization",
     "normalize",
+    "outlier_examples",
     "outliers",
     "output_bounds",
     "overfit_batch",
+    "penalty_pull",
     "reachable",
     "roundtrip_error",
     "sharpness",
     "target_scale",
+    "update_ratios",
     "value_and_grad",
+    "value_and_grad_with_noise",
+    "weight_decay",
     "weight_stats",
     "worst_examples",
     "wraparound",

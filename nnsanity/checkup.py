@@ -17,6 +17,7 @@ from nnsanity.checks import (
     results,
 )
 from nnsanity.data import examine_data, judge_rounding
+from nnsanity.dynamics import measure_dynamics
 from nnsanity.findings import CONSEQUENCES, Finding, listed
 from nnsanity.interventions import Diagnosis, intervene, train_original, untouched
 from nnsanity.invariances import judge_invariances, named_transforms
@@ -243,6 +244,10 @@ def _measure_network(problem: Problem, book: _Book) -> None:
     measured = measure_network(problem, batch)
     constant = constant_loss(problem, batch)
     book.measurements |= measured._asdict() | {"constant_loss": constant}
+    dynamics = measure_dynamics(problem, batch)
+    book.findings += dynamics.findings
+    book.measurements |= dynamics.measurements
+    book.skipped |= dynamics.skipped
     book.findings += initialization.judge_finite(problem.params)
     limit = book.limits.get("results/start-loss", results.START_LIMIT)
     start = data_loss(problem, problem.params, batch)

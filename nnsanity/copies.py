@@ -33,6 +33,10 @@ class Copy(NamedTuple):
         target_shift: subtracted from the targets first.
         target_scale: what they are divided by then.
         update_scale: float32[], factor of every update: 10 is ten times the rate.
+        gradient_scale: float32[], factor of the gradients that the optimizer gets; so
+            small that it clips none.
+        weight_scale: float32[], factor of the parameters that the optimizer gets; 0
+            leaves nothing for its weight decay.
         penalty_scale: float32[], factor of the penalties inside the loss.
         head: int32[], what becomes of the last activation: ``HEAD_KEPT``,
             ``HEAD_LEFT_OUT`` or ``HEAD_SQUASHED``, softmax or sigmoid in its place.
@@ -47,6 +51,8 @@ class Copy(NamedTuple):
     target_shift: Array
     target_scale: Array
     update_scale: Array
+    gradient_scale: Array
+    weight_scale: Array
     penalty_scale: Array
     head: Array
     leaky: Array | np.bool_
@@ -65,6 +71,8 @@ def plain(problem: Problem) -> Copy:
         target_shift=_per_feature(targets, 0),
         target_scale=_per_feature(targets, 1),
         update_scale=one,
+        gradient_scale=one,
+        weight_scale=one,
         penalty_scale=one,
         head=jnp.int32(HEAD_KEPT),
         leaky=OFF,

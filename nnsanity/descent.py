@@ -180,11 +180,7 @@ def check_training(
         batches: what the user gave for them.
         min_steps: fewer make no sense.
     """
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise TypeError(
-            f"{name}: optimizer must have init and update, as optax.adam(1.0) has, got"
-            f" {optimizer!r}"
-        )
+    check_optimizer(name, optimizer)
     leaves = jax.tree.leaves(batches)
     lengths = {np.shape(leaf)[:1] for leaf in leaves}
     if not leaves or () in lengths:
@@ -203,6 +199,20 @@ def check_training(
         raise ValueError(
             f"{name}: batches must have at least {min_steps} steps, got {num_steps};"
             " did you pass one batch without a leading step axis?"
+        )
+
+
+def check_optimizer(name: str, optimizer: Any) -> None:
+    """Raises where an optimizer is none.
+
+    Args:
+        name: of the public function, for the message.
+        optimizer: what the user gave for it.
+    """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            f"{name}: optimizer must have init and update, as optax.adam(1.0) has, got"
+            f" {optimizer!r}"
         )
 
 

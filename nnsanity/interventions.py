@@ -27,6 +27,7 @@ from nnsanity.copies import Copy
 from nnsanity.data_repairs import data_repairs
 from nnsanity.findings import Effect, Finding, caused
 from nnsanity.levels import FAILED, LEARNED, curve_of, last, level_of, unit_of
+from nnsanity.optimizer_repairs import optimizer_repairs
 from nnsanity.problem import Problem
 from nnsanity.repairs import Repair, available_repairs
 from nnsanity.trial import (
@@ -158,7 +159,11 @@ def intervene(
         return untouched(problem, trial, outcomes)._replace(skipped={})
     suspected = {finding.rule: finding for finding in reversed(suspicions)}
     repairs = sorted(
-        (*available_repairs(problem), *data_repairs(problem)),
+        (
+            *available_repairs(problem),
+            *data_repairs(problem),
+            *optimizer_repairs(problem),
+        ),
         key=lambda one: not (one.is_suspected or set(one.rules) & set(suspected)),
     )
     tried, left_out = _try_singles(lab, original, repairs)

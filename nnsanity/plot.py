@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from nnsanity.checks.learning_rate import LRRange, LRSweep
+    from nnsanity.rate_curves import LRRange, LRSweep
     from nnsanity.report import Report
 
 INK, QUIET, GOOD, BAD = "#2b2b2b", "#b5bac1", "#1b7f6b", "#c0392b"

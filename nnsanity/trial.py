@@ -145,18 +145,16 @@ def _train(
         floats = _floats(params, params)
         grads = _floats(params, grads)
         updates, optimizer_state = optimizer.update(
-            grads,
+            _times(copy.gradient_scale, grads),
             optimizer_state,
-            floats,
+            _times(copy.weight_scale, floats),
             value=loss,
             grad=grads,
             value_fn=lambda moved: loss_fn(
                 _with_floats(params, moved), batch, step_key
             ),
         )
-        updates = jax.tree.map(
-            lambda update: (update * copy.update_scale).astype(update.dtype), updates
-        )
+        updates = _times(copy.update_scale, updates)
         moved = optax.apply_updates(floats, updates)
         return (_with_floats(params, moved), optimizer_state), loss
 
@@ -215,6 +213,10 @@ def _floats(params: Params, tree: PyTree) -> PyTree:
     return jax.tree.map(
         lambda leaf, one: one if is_inexact(leaf) else None, params, tree
     )
+
+
+def _times(factor: Array, tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), tree)
 
 
 def _with_floats(params: Params, floats: PyTree) -> Params:

@@ -4,286 +4,159 @@
 explode, and go a little below" (D. Holden).
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-import optax
 
-from nnsanity._tree import num_examples
-from nnsanity._types import Array, LossFn, Params, PyTree
-from nnsanity.descent import (
-    SMOOTHED_SHARE,
-    check_training,
-    described,
-    running_mean,
-    scaled_losses,
-    start_of,
-    trainable_scale,
-)
-from nnsanity.findings import Finding, number
+from nnsanity._tree import in_float32, inexact_leaves
+from nnsanity._types import Array, Params, PyTree
+from nnsanity.findings import Finding, listed, number
 
 RATE_FACTORS = (0.1, 10.0, 0.01, 100.0)
 """Factors of the user's rate that the trial tries, the near ones first."""
 JITTER_LIMIT = 1.0
 """Healthy rise of the smoothed loss above its minimum, as a share of its fall."""
-SIGHT = 0.9
-"""Healthy rise above the best smoothed loss in a ramp, as a share of the fall."""
-SAFETY = 0.1
-"""Of the largest rate of a ramp, which overshoots the limit of stability."""
+CLIPPED_LIMIT = 0.1
+"""Healthy share of steps whose gradient is clipped."""
+HELD_BACK = 0.01
+"""Share of a squared gradient that has to be clipped for its step to count."""
+OUTLIER_SHARE = 0.01
+"""Part of the examples that may be outliers."""
+OUTLIER_LIMIT = 0.5
+"""Healthy share of the squared gradient norms that this part brings at the start."""
 
 
-class LRRange(NamedTuple):
-    """How the loss answers to a rising scale of the updates.
+@jax.jit
+def update_ratios(updates: PyTree, params: Params) -> Array:
+    """Compares the size of updates with the size of what they change.
 
-    Attributes:
-        scales: float32[steps], the factor of the updates in each step.
-        losses: float32[steps], of the batch of each step, before the step.
-        smoothed: float32[steps], their running mean.
-        diverged: bool[steps], whether this step, or one before it, led to a loss that
-            is not finite or has left sight of the best.
-        steepest: float32[], where the loss falls fastest by the logarithm of the scale;
-            NaN where it falls nowhere.
-        largest_stable: float32[], the last scale that has not diverged; NaN if none.
-            The end of the range means that the range is too short.
-        suggestion: float32[], a tenth of it, or of ``lowest`` where that is smaller,
-            and halved until twice as much trains; NaN where every scale diverges.
-        lowest: float32[], scale of the lowest smoothed loss; NaN where all diverge.
-    """
+    Healthy is about 1e-3 (A. Karpathy); worry above 1e-1, and under 1e-5 throughout.
 
-    scales: Array
-    losses: Array
-    smoothed: Array
-    diverged: Array
-    steepest: Array
-    largest_stable: Array
-    suggestion: Array
-    lowest: Array
-
-
-class LRSweep(NamedTuple):
-    """Where trainings end that differ in the scale of their updates alone.
-
-    Attributes:
-        scales: float32[scales].
-        losses: float32[scales], running mean of the loss after the last step; inf where
-            any loss was not finite.
-        diverged: bool[scales], whether a loss was not finite or the end is above the
-            start by more than batches differ.
-        best: float32[], scale of the lowest finite loss; NaN if there is none.
-    """
-
-    scales: Array
-    losses: Array
-    diverged: Array
-    best: Array
-
-
-def lr_range(
-    loss_fn: LossFn,
-    params: Params,
-    batches: PyTree,
-    optimizer: optax.GradientTransformation,
-    *,
-    min_scale: Array | float,
-    max_scale: Array | float,
-) -> LRRange:
-    """Trains with a scale of the updates that rises until the loss explodes.
-
-    The optimizer's final updates are multiplied by a factor that rises geometrically:
-    with ``optax.adam(1.0)`` it is the learning rate, with your own optimizer it says
-    how many times too low your rate is.  Worry where ``suggestion`` is far from the
-    rate in use.  The state is fresh: leave warm-up out of the optimizer.
-
-    A ramp overshoots.  On smooth problems the directions that are too fast have decayed
-    before and must first grow back, so the loss turns only at 4 to 6 times the limit of
-    stability, or never where rounding has made them exactly zero.  ``largest_stable``
-    does not allow for it.  ``suggestion`` does: with twice as much, the first tenth of
-    the steps was trained from the start and did not end above it.  Where the limit
-    itself matters, use ``lr_sweep``.
-
-    Costs one training step for each batch, in one compiled scan, the loss of up to nine
-    batches, and a tenth of the steps (at least 10), again for each halving.  Another
-    range compiles nothing anew.
+    Costs one reading of both.
 
     Args:
-        loss_fn: ``loss_fn(params, batch) -> scalar``.
-        params: any pytree of arrays; leaves that are not floating-point stay.
-        batches: the batches of all steps, each leaf [steps, ...]; 100 steps are usual.
-        optimizer: any optax transformation.
-        min_scale: first factor, above 0.
-        max_scale: last factor, above the first.
+        updates: of an optimizer, a tree like the parameters.
+        params: any pytree of arrays.
 
     Returns:
-        ``LRRange``.
+        float32[leaves], the floating-point leaves in leaf order: ``|update| /
+        |weights|``; 0 where nothing is changed, inf where zeros are.
 
     Raises:
-        TypeError: if ``optimizer`` has no ``init`` and ``update``.
-        ValueError: if ``loss_fn`` does not return a scalar, there are fewer than 5
-            steps, the leaves of ``batches`` differ in length, or the range is empty.
+        ValueError: if the trees differ in their floating-point leaves.
 
     Example:
-        >>> loss_fn = lambda x, curvature: 0.5 * curvature * x**2  # stable under 0.2
-        >>> found = lr_range(
-        ...     loss_fn,
-        ...     jnp.float32(1),
-        ...     jnp.full(100, 10.0),
-        ...     optax.sgd(1.0),
-        ...     min_scale=1e-5,
-        ...     max_scale=10.0,
-        ... )
-        >>> bool(found.largest_stable > 0.2), bool(0 < found.suggestion < 0.2)
-        (True, True)
-
-    References:
-        Smith (2017), "Cyclical learning rates for training neural networks", section
-        3.3; Kingma and Ba (2015), section 3, for the running mean.
+        >>> params = {"w": jnp.array([3.0, 4.0]), "b": jnp.zeros(2)}
+        >>> update_ratios({"w": jnp.array([0.0, 0.5]), "b": jnp.ones(2)}, params)
+        Array([inf, 0.1], dtype=float32)
     """
-    check_training("lr_range", optimizer, batches, min_steps=5)
-    low, high = _scalar("min_scale", min_scale), _scalar("max_scale", max_scale)
-    is_known = not any(isinstance(one, jax.core.Tracer) for one in (low, high))
-    if is_known and not 0 < float(low) < float(high) < np.inf:
+    pairs = [inexact_leaves(tree) for tree in (updates, params)]
+    shapes = [[jnp.shape(leaf) for leaf in leaves] for leaves in pairs]
+    if shapes[0] != shapes[1]:
         raise ValueError(
-            "lr_range: scales must rise from above 0, got"
-            f" min_scale={min_scale}, max_scale={max_scale}; are they swapped?"
+            f"update_ratios: updates and params must have the same leaves, got shapes"
+            f" {shapes[0]} and {shapes[1]}"
         )
-    return _lr_range(loss_fn, optimizer, params, batches, low, high)
+
+    def ratio(update: Array, weights: Array) -> Array:
+        norms = [jnp.linalg.norm(in_float32(x).ravel()) for x in (update, weights)]
+        moved = jnp.where(norms[0] == 0, 0, jnp.inf)
+        moved = jnp.where(jnp.isnan(norms[0]), jnp.nan, moved)
+        is_zero = norms[1] == 0
+        found = norms[0] / jnp.where(is_zero, 1, norms[1])
+        return jnp.where(is_zero, moved, found).astype(jnp.float32)
+
+    return jnp.stack([ratio(*pair) for pair in zip(*pairs, strict=True)])
 
 
-def lr_sweep(
-    loss_fn: LossFn,
-    params: Params,
-    batches: PyTree,
-    optimizer: optax.GradientTransformation,
-    *,
-    scales: Array,
-) -> LRSweep:
-    """Trains from the same start with each of several scales of the updates.
+class OutlierExamples(NamedTuple):
+    """The examples that pull hardest, 1 % of them and at least one.
 
-    The optimizer's final updates are multiplied by the scale: with ``optax.sgd(1.0)``
-    it is the learning rate.  On a quadratic, what has diverged is what lies above the
-    limit of stability, 2 / eigenvalue, given the steps to show it.  Worry where
-    ``best`` is far from the rate in use; take a rate a little below the largest that
-    has not diverged.
+    Attributes:
+        indices: int32[outliers], the hardest first.
+        norms: float32[outliers], of their gradients.
+        share: float32[], of the sum of all squared norms.
+    """
 
-    Costs the steps times the scales, one training after the other: memory for one, and
-    on a CPU the faster way.  To keep an accelerator busy, side by side with a copy of
-    parameters and state for each, ``vmap`` over single scales:
-    ``jax.vmap(lambda scale: lr_sweep(..., scales=scale[None]))(scales)``; over seeds in
-    the same way.
+    indices: Array
+    norms: Array
+    share: Array
+
+
+@jax.jit
+def outlier_examples(norms: Array) -> OutlierExamples:
+    """Picks the examples that drive the step.
+
+    Need for gradient clipping points to outliers (D. Holden): worry where 1 % of the
+    examples bring half of the squared norm, and look at them.
 
     Args:
-        loss_fn: ``loss_fn(params, batch) -> scalar``.
-        params: any pytree of arrays; leaves that are not floating-point stay.
-        batches: the batches of all steps, each leaf [steps, ...].
-        optimizer: any optax transformation.
-        scales: [scales], the factors.
+        norms: [examples], from ``example_gradient_norms``.
 
     Returns:
-        ``LRSweep``.
-
-    Raises:
-        TypeError: if ``optimizer`` has no ``init`` and ``update``.
-        ValueError: if ``loss_fn`` does not return a scalar, there are fewer than 2
-            steps, the leaves of ``batches`` differ in length, or ``scales`` is not 1-D.
+        ``OutlierExamples``; examples whose gradient is not finite come first.
 
     Example:
-        >>> loss_fn = lambda x, curvature: 0.5 * curvature * x**2  # stable under 0.2
-        >>> found = lr_sweep(
-        ...     loss_fn,
-        ...     jnp.float32(1),
-        ...     jnp.full(30, 10.0),
-        ...     optax.sgd(1.0),
-        ...     scales=jnp.array([0.01, 0.11, 0.19, 0.21]),
-        ... )
-        >>> found.diverged, found.best
-        (Array([False, False, False,  True], dtype=bool), Array(0.11, dtype=float32))
-
-    References:
-        LeCun, Bottou, Orr and Mueller (1998), "Efficient BackProp", section 4.6.
+        >>> outlier_examples(jnp.array([1.0, 1.0, 7.0, 1.0])).indices
+        Array([2], dtype=int32)
     """
-    check_training("lr_sweep", optimizer, batches, min_steps=2)
-    if np.ndim(scales) != 1 or not np.size(scales):
-        raise ValueError(
-            "lr_sweep: scales must be a list of numbers, got shape"
-            f" {np.shape(scales)}; for one scale pass scales=[1.0]"
-        )
-    scales = jnp.asarray(scales, jnp.float32)
-    return _lr_sweep(loss_fn, optimizer, params, batches, scales)
+    norms = in_float32(norms)
+    count = max(1, int(OUTLIER_SHARE * norms.size))
+    keys = jnp.where(jnp.isnan(norms), jnp.inf, norms)
+    order = jnp.argsort(-keys)[:count].astype(jnp.int32)
+    squares = (norms / jnp.max(jnp.where(jnp.isfinite(norms), norms, 0))) ** 2
+    share = jnp.sum(squares[order]) / jnp.sum(squares)
+    share = jnp.where(jnp.any(norms > 0) | jnp.any(jnp.isnan(norms)), share, 0)
+    return OutlierExamples(order, norms[order], share.astype(jnp.float32))
 
 
-def _scalar(name: str, value: Array | float) -> Array | np.floating:
-    if np.shape(value) != ():
-        raise ValueError(f"lr_range: {name} must be a number, got {described(value)}")
-    if isinstance(value, jax.Array):
-        return value.astype(jnp.float32)
-    return np.float32(value)
+def judge_outliers(found: OutlierExamples, num_examples: int) -> tuple[Finding, ...]:
+    """Names the examples that outweigh all others; silent for fewer than 100.
 
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _lr_range(
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
-    params: Params,
-    batches: PyTree,
-    low: Array,
-    high: Array,
-) -> LRRange:
-    num_steps = num_examples(batches)
-    start = start_of("lr_range", loss_fn, params, batches)
-    share = jnp.arange(num_steps, dtype=jnp.float32) / (num_steps - 1)
-    scales = low * jnp.exp(share * jnp.log(high / low))
-    losses = scaled_losses(loss_fn, optimizer, params, batches, scales)
-    curve = running_mean(losses)
-    lowest = jax.lax.cummin(jnp.where(jnp.isfinite(curve), curve, jnp.inf))
-    best = jnp.minimum(lowest, start.level)
-    # What is healthy is written down, so that NaN has diverged.
-    limit = best + SIGHT * (start.level - best) + start.tolerance
-    is_healthy = jnp.isfinite(losses) & (curve <= limit)
-    is_stable = jax.lax.cummin(is_healthy.astype(jnp.int32))[1:] > 0
-    last = jnp.sum(is_stable) - 1
-    falls = jnp.where(is_stable, curve[1:] - curve[:-1], jnp.inf)
-    # The running mean of the first steps is hardly one.
-    falls = jnp.where(jnp.arange(num_steps) < num_steps // SMOOTHED_SHARE, 0, falls)
-    found = jnp.argmin(jnp.where(is_stable, curve[1:], jnp.inf))
-    any_stable = jnp.any(is_stable)
-    largest = jnp.where(any_stable, scales[last], jnp.nan)
-    at_lowest = jnp.where(any_stable, scales[found], jnp.nan)
-    guess = SAFETY * jnp.minimum(largest, at_lowest)
-    return LRRange(
-        scales,
-        losses[:-1],
-        curve[:-1],
-        ~is_stable,
-        jnp.where(jnp.min(falls) < 0, scales[jnp.argmin(falls)], jnp.nan),
-        largest,
-        trainable_scale(loss_fn, optimizer, params, batches, start, guess),
-        at_lowest,
+    Args:
+        found: of an untrained network, on many examples.
+        num_examples: how many they were.
+    """
+    share = float(found.share)
+    if share <= OUTLIER_LIMIT or num_examples < 1 / OUTLIER_SHARE:
+        return ()
+    names = [str(int(index)) for index in np.asarray(found.indices)]
+    return (
+        Finding(
+            "learning-rate/outlier-examples",
+            6,
+            "warning",
+            f"examples {listed(names)}",
+            share,
+            OUTLIER_LIMIT,
+            f"{len(names)} of {num_examples} examples bring {number(100 * share)} % of"
+            " the squared gradients: they drive the steps.",
+            "Look at them: they are wrong, mislabelled or of another unit. Repair or"
+            " remove them before you clip gradients or lower the rate.",
+        ),
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _lr_sweep(
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
-    params: Params,
-    batches: PyTree,
-    scales: Array,
-) -> LRSweep:
-    start = start_of("lr_sweep", loss_fn, params, batches)
+def clipping_active(share: float) -> Finding:
+    """The finding that gradients are clipped in many steps; a suspicion.
 
-    def end(scale: Array) -> Array:
-        repeated = jnp.broadcast_to(scale, (num_examples(batches),))
-        losses = scaled_losses(loss_fn, optimizer, params, batches, repeated)
-        is_finite = jnp.all(jnp.isfinite(losses))
-        return jnp.where(is_finite, running_mean(losses)[-1], jnp.inf)
-
-    losses = jax.lax.map(end, scales)
-    best = jnp.where(jnp.any(jnp.isfinite(losses)), scales[jnp.argmin(losses)], jnp.nan)
-    return LRSweep(scales, losses, ~start.is_healthy(losses), best)
+    Args:
+        share: of the gradients that were looked at.
+    """
+    return Finding(
+        "learning-rate/clipping-active",
+        6,
+        "info",
+        "optimizer",
+        share,
+        CLIPPED_LIMIT,
+        f"The optimizer clips {number(100 * share)} % of the gradients.",
+        "Leave the clipping out and lower the learning rate until the loss falls; if"
+        " that does not work, look for outliers among the examples.",
+    )
 
 
 def smoothed(losses: npt.ArrayLike, weight: float = 0.9) -> np.ndarray:

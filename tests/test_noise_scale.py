@@ -3,11 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nnsanity.checks import batch_size
-from nnsanity.checks.batch_size import (
-    example_gradient_norms,
-    gradient_noise_scale,
-)
+from nnsanity import example_norms
+from nnsanity.example_norms import example_gradient_norms
+from nnsanity.noise_scale import gradient_noise_scale
 
 RNG = np.random.default_rng(0)
 
@@ -162,7 +160,7 @@ def looped(loss_fn, params, batch):
     ("name", "most"), [*((name, 3) for name in MODELS), ("mlp", 1), ("mlp", 128)]
 )
 def test_models_against_a_loop(name, most, monkeypatch):
-    monkeypatch.setattr(batch_size, "MAX_COPIES", most)
+    monkeypatch.setattr(example_norms, "MAX_EXAMPLES", most)
     plain_loss_fn, params, batch = MODELS[name]
 
     def loss_fn(params, batch):  # a new one: compiled programs are kept by the loss
@@ -178,26 +176,6 @@ def test_models_against_a_loop(name, most, monkeypatch):
     np.testing.assert_allclose(
         found.gradient_square_norm, square_norm, rtol=1e-4, atol=tolerance
     )
-
-
-@pytest.mark.parametrize(
-    ("count", "size", "expected"),
-    [
-        (100, 1, 100),
-        (128, 1, 128),
-        (256, 1, 128),
-        (200, 1, 100),
-        (257, 1, 128),
-        (7, 2**25, 2),
-        (8, 2**27, 1),
-    ],
-)
-def test_chunks_keep_to_the_memory_rule(count, size, expected):
-    params = {"w": jax.ShapeDtypeStruct((size,), jnp.bfloat16), "n": np.arange(3)}
-    parts = {"x": jax.ShapeDtypeStruct((count, 1, 3), jnp.float32)}
-    assert batch_size._chunk_size(params, parts) == expected
-    parts = {"x": jax.ShapeDtypeStruct((count, 2, 3), jnp.float32)}
-    assert batch_size._chunk_size(params, parts) == 1
 
 
 def test_example_gradients_are_never_kept():

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from nnsanity.checks.learning_rate import lr_range, lr_sweep
+from nnsanity.rate_curves import lr_range, lr_sweep
 
 RNG = np.random.default_rng(0)
 STEPS = 40

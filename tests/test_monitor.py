@@ -148,8 +148,9 @@ def test_metrics_are_finite_and_count_what_is_not():
     assert all(np.isfinite(one) for one in metrics.values())
     assert metrics["loss/last"] == 0
     # The loss; both rows, forward and back; a ReLU stops NaN on its way to w1 and b1,
-    # whose gradients are then finite, but w1 had met NaN among the inputs.
-    assert metrics["nonfinite/count"] == 1 + 4 + 2 + 2 + 3
+    # whose gradients are then finite, but w1 had met NaN among the inputs; the norm of
+    # the whole gradient.
+    assert metrics["nonfinite/count"] == 1 + 4 + 2 + 2 + 3 + 1
     assert metrics["nonfinite/step"] == 3
 
 

@@ -240,14 +240,36 @@ def test_a_batch_with_nan_among_its_targets():
     assert "NaN in the targets of step 300" in finding.advice
 
 
-def test_a_batch_with_nan_in_a_step_that_is_not_watched():
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_batch_with_nan_in_a_step_that_is_not_watched(part):
     watch = make_monitor(every=16)
     watch, state = train(
-        mlp_loss, PARAMS, optax.adam(1e-2), watch=watch, break_batch=nan_in(0)
+        mlp_loss, PARAMS, optax.adam(1e-2), watch=watch, break_batch=nan_in(part)
     )
     (finding,) = watch.diagnose(state)
-    assert "first in step 300: the loss." in finding.message
-    assert "every=1" in finding.advice
+    assert (finding.rule, finding.where) == ("results/nonfinite", "w1")
+    # The ReLU stops NaN in the inputs on its way back to the bias.
+    num_bad = 4 if part else 3
+    assert finding.measured == 1 + 2 * num_bad
+    assert f"first in step 300: the loss; the gradients of {num_bad}" in finding.message
+    assert "layers were not looked at" in finding.message
+    assert "parameters were still finite" in finding.message
+    assert "batch of step 300" in finding.advice
+
+
+def test_an_update_with_nan_in_a_step_that_is_not_watched():
+    watch, state = train(
+        mlp_loss,
+        PARAMS,
+        optax.sgd(0.05),
+        watch=make_monitor(every=16),
+        scale=lambda step: jnp.where(step == 300, jnp.nan, 1.0),
+    )
+    (finding,) = watch.diagnose(state)
+    assert (finding.rule, finding.where) == ("results/nonfinite", "w1")
+    assert "first in step 301: the loss" in finding.message
+    assert "already before its update" in finding.message
+    assert "Look at step 300" in finding.advice
 
 
 def test_an_optimizer_that_makes_nan_and_one_that_leaves_the_step_out():

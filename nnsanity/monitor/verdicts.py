@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from nnsanity.checks.gradients import DEAD_LIMIT, VANISHING_LIMIT
+from nnsanity.checks.regularization import RISE_LIMIT
 from nnsanity.findings import Finding, listed, number
 from nnsanity.monitor.state import MonitorState, Names
 
@@ -17,6 +18,8 @@ SPIKE_LENGTH = 3
 """Steps in a row that a spike takes: single hard batches are none.  Starting value."""
 LOST_SHARE = 0.1
 """Share of what a run had gained that it may lose again.  Starting value."""
+RISE_LENGTH = 3
+"""Evaluations in a row above the limit that make overfitting.  Starting value."""
 SETTLED = 100
 """Watched steps after which averages by leaf are judged."""
 
@@ -36,6 +39,7 @@ def judge_monitor(
         *_too_high(state, names),
         *_nonfinite(state, names, every),
         *_dead_units(state, names, every, window),
+        *_overfitting(state),
         *_vanishing(state, names),
     )
 
@@ -122,9 +126,12 @@ def _nonfinite(state: MonitorState, names: Names, every: int) -> list[Finding]:
     ]
     words = f"NaN, infinite or beyond 1e19 first in step {bad.step}: {'; '.join(seen)}."
     if not bad.watched:
-        words += f" Nothing but the loss was looked at in that step (every={every})."
-    elif parameters:
-        words += f" So were {len(parameters)} parameters ({listed(parameters)})."
+        words += f" The layers were not looked at in that step (every={every})."
+    if parameters:
+        words += (
+            f" Of the parameters {len(parameters)} ({listed(parameters)}) were so"
+            " already before its update."
+        )
     else:
         words += " The parameters were still finite."
     if _rose_before(state):
@@ -132,7 +139,8 @@ def _nonfinite(state: MonitorState, names: Names, every: int) -> list[Finding]:
             f" The loss had been above {number(float(state.spike.level))} since step"
             f" {state.spike.step}."
         )
-    where = (rows or gradients or updates or ["loss"])[0]
+    flags = (bad.parameters, bad.gradients, bad.updates)
+    where = [*rows, *(_first(flag, names) for flag in flags if flag.any()), "loss"][0]
     num_bad = len(rows) + len(gradients) + len(updates) + int(bad.loss)
     advice = _advice(state, names, rows)
     # Scaled losses overflow now and then; an update of zero leaves the step out.
@@ -151,6 +159,12 @@ def _nonfinite(state: MonitorState, names: Names, every: int) -> list[Finding]:
             advice,
         )
     ]
+
+
+def _first(bad: np.ndarray, names: Names) -> str:
+    """Name of the first bad leaf; weights in the order of execution come first."""
+    order = [*names.weights, *range(len(names.leaves))]
+    return next(names.leaves[leaf][0] for leaf in order if bad[leaf])
 
 
 def _rose_before(state: MonitorState) -> bool:
@@ -176,8 +190,18 @@ def _advice(state: MonitorState, names: Names, rows: list[str]) -> str:
         return "Look into the optimizer: finite gradients became other updates."
     if not _usual_ratio(state, names) <= RATIO_LIMIT:
         return "Divide the learning rate by 10: updates are as large as weights."
+    if bad.parameters.any() and bad.step > 0:
+        return (
+            f"Look at step {bad.step - 1}: its update left parameters that are not"
+            " finite, though its loss was."
+        )
+    if bad.parameters.any():
+        return "Look at how the parameters were drawn or loaded."
     if not bad.watched:
-        return "Watch every step (every=1) from a little before it, to see where."
+        return (
+            f"Look for NaN, infinite or huge values in the batch of step {bad.step};"
+            " watch every step (every=1) to see from which layer on."
+        )
     if not bad.parameters.any() and rows and rows[0] == names.rows[0][0]:
         return (
             f"Look for NaN, infinite or huge inputs in the batch of step {bad.step}:"
@@ -227,6 +251,45 @@ def _dead_units(
                 )
             )
     return findings
+
+
+def _overfitting(state: MonitorState) -> list[Finding]:
+    seen = state.validation
+    still_falls = float(state.loss_average) < float(seen.training)
+    if seen.count and not np.isfinite(seen.loss) and np.isfinite(state.loss):
+        return [
+            Finding(
+                "results/nonfinite",
+                2,
+                "warning",
+                "validation data",
+                float(seen.loss),
+                0.0,
+                f"The validation loss was {number(float(seen.loss))} after step"
+                f" {seen.step}, while that of training was finite.",
+                "Look for NaN, infinite or huge values in the validation data.",
+            )
+        ]
+    if seen.length < RISE_LENGTH or not still_falls:
+        return []
+    lowest, last = float(seen.lowest), float(seen.loss)
+    return [
+        Finding(
+            "regularization/overfitting",
+            4,
+            "warning",
+            "network",
+            last / lowest if lowest > 0 else last - lowest,
+            RISE_LIMIT,
+            f"The validation loss fell to {number(lowest)} at step {seen.lowest_step}"
+            f" and rose again to {number(last)} at step {seen.step}, while the average"
+            f" training loss went on from {number(float(seen.training))} to"
+            f" {number(float(state.loss_average))}: the network learns examples by"
+            " heart.",
+            f"Keep the parameters of step {seen.lowest_step}; get more data, or make"
+            " more by augmentation; add dropout of 0.1 to 0.25 or weight decay.",
+        )
+    ]
 
 
 def _vanishing(state: MonitorState, names: Names) -> list[Finding]:

@@ -1,0 +1,75 @@
+"""A monitor as an optax transformation around another one."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optax
+
+from nnsanity._types import Array, Params, PyTree
+from nnsanity.monitor.state import MonitorState
+from nnsanity.signals import Signals
+
+
+class MonitoredState(NamedTuple):
+    """State of ``monitor.around(optimizer, loss_fn, batch)``.
+
+    Attributes:
+        optimizer: state of the optimizer.
+        monitor: ``MonitorState``; ``optax.tree.get(opt_state, "monitor")`` finds it
+            wherever it lies in the state of a chain.
+    """
+
+    optimizer: PyTree
+    monitor: MonitorState
+
+
+def wrapped(
+    optimizer: optax.GradientTransformation,
+    init_monitor: Callable[[Params], MonitorState],
+    update_monitor: Callable[..., MonitorState],
+) -> optax.GradientTransformationExtraArgs:
+    """Watches what an optimizer makes of the gradients.
+
+    Args:
+        optimizer: any optax transformation.
+        init_monitor: ``init_monitor(params) -> state``.
+        update_monitor: as ``Monitor.update``.
+    """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            "monitor.around: optimizer must have init and update, as optax.adam(1e-3)"
+            f" has, got {optimizer!r}"
+        )
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init(params: Params) -> MonitoredState:
+        return MonitoredState(inner.init(params), init_monitor(params))
+
+    def update(
+        updates: PyTree,
+        state: MonitoredState,
+        params: Params | None = None,
+        *,
+        value: Array | None = None,
+        signals: Signals | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, MonitoredState]:
+        if params is None or value is None or signals is None:
+            raise ValueError(
+                "monitor.around: update needs params, the loss and the signals: call"
+                " tx.update(grads, opt_state, params, value=loss, signals=signals)"
+            )
+        changed, after = inner.update(
+            updates, state.optimizer, params, value=value, **extra
+        )
+        watched = update_monitor(
+            state.monitor,
+            loss=value,
+            signals=signals,
+            grads=updates,
+            updates=changed,
+            params=params,
+        )
+        return changed, MonitoredState(after, watched)
+
+    return optax.GradientTransformationExtraArgs(init, update)

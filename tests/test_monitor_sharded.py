@@ -1,0 +1,244 @@
+"""A monitor on eight devices says what it says on one."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import nnsanity as ns
+
+NUM_DEVICES = 8
+HAS_DEVICES = jax.device_count() >= NUM_DEVICES
+NEEDS_DEVICES = pytest.mark.skipif(not HAS_DEVICES, reason="needs eight devices")
+P = jax.sharding.PartitionSpec
+X = jax.random.normal(jax.random.key(0), (32, 8))
+BATCH = X, jnp.sin(2 * X[:, :1])
+KEYS = jax.random.split(jax.random.key(1))
+PARAMS = {
+    "b1": jnp.zeros(16).at[3].set(-100.0),
+    "w1": jax.random.normal(KEYS[0], (8, 16)) / 2,
+    "w2": jax.random.normal(KEYS[1], (16, 1)) / 4,
+}
+LAYOUTS = {
+    "data": ({"b1": P(), "w1": P(), "w2": P()}, P("data")),
+    "fsdp": ({"b1": P("data"), "w1": P("data"), "w2": P("data")}, P("data")),
+    "tensor": ({"b1": P("model"), "w1": P(None, "model"), "w2": P("model")}, P("data")),
+}
+OPTIMIZER = optax.adam(1e-2)
+
+
+@pytest.mark.skipif(HAS_DEVICES, reason="there are eight devices")
+def test_on_eight_devices():
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(NUM_DEVICES)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert re.search(r"\d\d passed, 1 skipped", found.stdout)
+
+
+def loss_fn(params, batch, layout="data", kind="Auto"):
+    if (layout, kind) == ("fsdp", "Explicit"):
+        params = jax.sharding.reshard(params, P())
+    hidden = jax.nn.relu(batch[0] @ params["w1"] + params["b1"])
+    if (layout, kind) == ("tensor", "Explicit"):
+        outputs = jnp.matmul(hidden, params["w2"], out_sharding=P("data"))
+    else:
+        outputs = hidden @ params["w2"]
+    return jnp.mean((outputs - batch[1]) ** 2)
+
+
+def plain_step(loss, carry, batch):
+    params, opt_state = carry
+    _, grads = jax.value_and_grad(loss)(params, batch)
+    updates, opt_state = OPTIMIZER.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def watched_step(watch, loss, carry, batch):
+    params, opt_state, state = carry
+    watched = ns.value_and_grad(loss, when=watch.due(state))
+    (value, signals), grads = watched(params, batch)
+    updates, opt_state = OPTIMIZER.update(grads, opt_state, params)
+    state = watch.update(
+        state, loss=value, signals=signals, grads=grads, updates=updates, params=params
+    )
+    return optax.apply_updates(params, updates), opt_state, state
+
+
+def assert_alike(found, expected, rtol=1e-4):
+    for left, right in zip(
+        *map(jax.tree.leaves_with_path, (found, expected)), strict=True
+    ):
+        where = jax.tree_util.keystr(left[0])
+        np.testing.assert_allclose(
+            left[1], right[1], rtol=rtol, atol=1e-6, err_msg=where
+        )
+
+
+@functools.cache
+def unsharded(every):
+    watch = ns.monitor(every=every)
+    step = jax.jit(functools.partial(watched_step, watch, loss_fn))
+    carry = PARAMS, OPTIMIZER.init(PARAMS), watch.init(loss_fn, PARAMS, BATCH)
+    for _ in range(3):
+        carry = step(carry, BATCH)
+    return carry
+
+
+def num_gathers(step, *arguments):
+    text = step.lower(*arguments).compile().as_text()
+    return len(re.findall(r" all-gather(?:-start)?\(", text))
+
+
+@NEEDS_DEVICES
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_the_same_sharded(kind, layout, every):
+    types = (getattr(jax.sharding.AxisType, kind),) * 2
+    shape = (2, 4) if layout == "tensor" else (8, 1)
+    mesh = jax.make_mesh(shape, ("data", "model"), axis_types=types)
+    specs, rows = LAYOUTS[layout]
+
+    def put(tree, spec):
+        return jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
+
+    watch = ns.monitor(every=every)
+    loss = functools.partial(loss_fn, layout=layout, kind=kind)
+    plain = jax.jit(functools.partial(plain_step, loss))
+    step = jax.jit(functools.partial(watched_step, watch, loss))
+    with jax.set_mesh(mesh):
+        params = {name: put(leaf, specs[name]) for name, leaf in PARAMS.items()}
+        batch = put(BATCH, rows)
+        opt_state = jax.jit(OPTIMIZER.init)(params)
+        state = put(watch.init(loss, params, batch), P())
+        carry = params, opt_state, state
+        num_plain = num_gathers(plain, (params, opt_state), batch)
+        assert num_gathers(step, carry, batch) <= num_plain
+        for _ in range(3):
+            carry = step(carry, batch)
+        metrics = watch.metrics(carry[2])
+    assert_alike(carry[2], unsharded(every)[2])
+    assert metrics["activations/w1/dead"] == 0  # not yet
+    if kind == "Explicit":
+        for left, right in zip(*map(jax.tree.leaves, (carry[2], state)), strict=True):
+            assert left.sharding.is_equivalent_to(right.sharding, left.ndim)
+
+
+def on_every_device(mesh, specs, watch, loss, is_averaged, check_vma=True):
+    """A step whose devices each see a part of the batch."""
+
+    def step(params, opt_state, state, batch):
+        watched = ns.value_and_grad(loss, when=watch.due(state))
+        (value, signals), grads = watched(params, batch)
+        if is_averaged:
+            grads = jax.lax.pmean(grads, "data")
+        updates, opt_state = OPTIMIZER.update(grads, opt_state, params)
+        state = watch.update(
+            state,
+            loss=value,
+            signals=signals,
+            grads=grads,
+            updates=updates,
+            params=params,
+            axis_name="data",
+        )
+        return optax.apply_updates(params, updates), opt_state, state
+
+    adam = (optax.ScaleByAdamState(P(), specs, specs), P())
+    return jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(specs, adam, P(), P("data")),
+            out_specs=(specs, adam, P()),
+            check_vma=check_vma,
+        )
+    )
+
+
+def gathered_loss(params, batch):
+    """Each device has a part of the parameters, and gets the others'."""
+    whole = {
+        name: jax.lax.all_gather(leaf, "data", tiled=True)
+        for name, leaf in params.items()
+    }
+    return jax.lax.pmean(loss_fn(whole, batch), "data")
+
+
+def averaged_loss(params, batch):
+    return jax.lax.pmean(loss_fn(params, batch), "data")
+
+
+SHARD_MAPS = {
+    "own loss, varying": (loss_fn, P(), True, True),
+    "own loss, without types": (loss_fn, P(), True, False),
+    "mean loss": (averaged_loss, P(), False, True),
+    "fsdp": (gathered_loss, P("data"), False, True),
+}
+
+
+@NEEDS_DEVICES
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("case", SHARD_MAPS)
+def test_the_same_as_a_part_of_a_shard_map(case, every):
+    loss, spec, is_averaged, check_vma = SHARD_MAPS[case]
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    watch = ns.monitor(every=every)
+    state = watch.init(loss_fn, PARAMS, BATCH)
+    specs = dict.fromkeys(PARAMS, spec)
+
+    def own_loss(params, batch):
+        params = jax.lax.pcast(params, "data", to="varying") if check_vma else params
+        return loss_fn(params, batch)
+
+    step = on_every_device(
+        mesh,
+        specs,
+        watch,
+        own_loss if is_averaged else loss,
+        is_averaged,
+        check_vma=check_vma,
+    )
+    carry = PARAMS, OPTIMIZER.init(PARAMS), state
+    for _ in range(3):
+        carry = step(*carry, BATCH)
+    assert_alike(carry, unsharded(every))
+
+
+@NEEDS_DEVICES
+def test_gradients_that_were_not_averaged_are_refused():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    watch = ns.monitor()
+    state = watch.init(loss_fn, PARAMS, BATCH)
+
+    def own_loss(params, batch):
+        return loss_fn(jax.lax.pcast(params, "data", to="varying"), batch)
+
+    def step(params, batch):
+        (value, signals), grads = ns.value_and_grad(own_loss)(params, batch)
+        return watch.update(
+            state,
+            loss=value,
+            signals=signals,
+            grads=jax.lax.pcast(grads, "data", to="varying"),
+            updates=grads,
+            params=params,
+            axis_name="data",
+        )
+
+    with pytest.raises(ValueError, match="average them first"):
+        jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())(
+            PARAMS, BATCH
+        )

@@ -340,3 +340,75 @@ def test_a_rate_too_high_from_the_start():
     assert (rate.rule, rate.severity) == ("learning-rate/too-high", "warning")
     assert broken.rule == "gradients/nonfinite"
     assert "learning rate by 10" in broken.advice
+
+
+def scanned_with_validation(watch, params, data, other, tx, steps=1000, often=50):
+    """Trains on few examples, and asks the loss on others now and then."""
+    step = watched_step(watch, mlp_loss, tx)
+
+    def turn(carry, index):
+        carry = step(carry, data)
+
+        def evaluated(state):
+            return watch.validate(state, mlp_loss(carry[1], other))
+
+        is_time = index % often == often - 1
+        state = jax.lax.cond(is_time, evaluated, lambda state: state, carry[0])
+        return (state, *carry[1:]), None
+
+    @jax.jit
+    def run(carry):
+        return jax.lax.scan(turn, carry, jnp.arange(steps))[0]
+
+    return run(start(watch, mlp_loss, params, tx, data))[0]
+
+
+@pytest.mark.parametrize("num_examples", [12, 256])
+def test_examples_learned_by_heart(num_examples):
+    watch, params = make_monitor(every=16), init_mlp(jax.random.key(4), 64)
+    data = X[:num_examples], Y[:num_examples]
+    fresh = jax.random.normal(jax.random.key(6), (256, 3))
+    other = fresh, jnp.sin(2 * fresh[:, :1])
+    state = scanned_with_validation(watch, params, data, other, optax.adam(1e-2))
+    findings = watch.diagnose(state)
+    if num_examples == 256:
+        assert findings == ()
+        return
+    (finding,) = findings
+    assert (finding.rule, finding.severity) == ("regularization/overfitting", "warning")
+    lowest = int(state.validation.lowest_step)
+    assert lowest < 500
+    assert lowest % 50 == 49
+    assert f"at step {lowest} and rose again" in finding.message
+    assert f"parameters of step {lowest}" in finding.advice
+    assert finding.measured > finding.limit
+
+
+def test_a_validation_loss_that_is_no_number():
+    watch = make_monitor()
+    state = watch.init(mlp_loss, PARAMS, BATCH)
+    state = watch.validate(state, jnp.float32(1))
+    assert watch.diagnose(state) == ()
+    (finding,) = watch.diagnose(watch.validate(state, jnp.float32(jnp.nan)))
+    assert (finding.rule, finding.where) == ("results/nonfinite", "validation data")
+
+
+@pytest.mark.parametrize("every", [1, 16])
+def test_a_rate_that_is_right_at_first_and_grows_wrong(every):
+    watch, state = train(
+        mlp_loss,
+        PARAMS,
+        optax.sgd(0.05),
+        watch=make_monitor(every=every),
+        scale=lambda step: jnp.exp(jnp.maximum(step - 500, 0) / 50),
+        steps=800,
+    )
+    findings = watch.diagnose(state)
+    assert findings
+    rules = [finding.rule for finding in findings]
+    assert rules[0] in ("learning-rate/too-high", "results/nonfinite")
+    words = findings[0].message + findings[0].advice
+    begun = int(state.spike.step)
+    assert 550 < begun < 800
+    assert f"step {begun}" in words
+    assert "rate" in findings[0].advice

@@ -11,6 +11,7 @@ from nnsanity._types import Array
 from nnsanity.monitor.losses import chosen_by, rate_of
 from nnsanity.monitor.state import GradientNoise, MonitorState, Names
 from nnsanity.signals import Signals
+from nnsanity.tracing.compat import varies
 
 LEAF_RATE = 0.01
 """Weight of the newest value in the averages of the leaves."""
@@ -133,6 +134,34 @@ def _with_layers(
     )
 
 
+def over_microbatches(signals: Signals) -> Signals:
+    """Joins what a scan over microbatches stacked, for the mean of their losses."""
+    (count,) = signals.watched.shape
+
+    def pooled(rms: Array) -> Array:
+        return jnp.sqrt(jnp.mean(rms**2, axis=0))
+
+    def came_back(rms: Array) -> Array:
+        return pooled(rms) / count
+
+    def everywhere(dead: Array) -> Array:
+        return jnp.all(dead, axis=0)
+
+    def anywhere(flag: Array) -> Array:
+        return jnp.any(flag, axis=0)
+
+    return Signals(
+        jax.tree.map(pooled, signals.preactivation_rms),
+        jax.tree.map(pooled, signals.activation_rms),
+        jax.tree.map(came_back, signals.preactivation_gradient_rms),
+        jax.tree.map(came_back, signals.activation_gradient_rms),
+        jax.tree.map(everywhere, signals.dead),
+        jax.tree.map(anywhere, signals.ran),
+        anywhere(signals.watched),
+        signals.uninspected,
+    )
+
+
 def _with_microbatches(
     before: GradientNoise, norms: Array | None, gradient: Array
 ) -> GradientNoise:
@@ -152,11 +181,6 @@ def _with_microbatches(
     )
     is_finite = jnp.isfinite(after.square_norm) & jnp.isfinite(after.noise)
     return chosen_by(is_finite, after, before)
-
-
-def varies(value: Array, axis_name: str) -> bool:
-    """Tells whether a value differs along an axis of a shard_map, where that says."""
-    return axis_name in getattr(jax.typeof(value), "vma", ())
 
 
 def _norms(look: Look, leaves: list[Array]) -> Array:

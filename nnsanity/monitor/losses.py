@@ -96,6 +96,7 @@ def seen_late(state: MonitorState, watched: Array, every: int) -> Spike:
     return chosen_by(is_larger, spike._replace(leaf=leaf, growth=largest), spike)
 
 
+@jax.jit
 def with_validation(state: MonitorState, loss: Array) -> MonitorState:
     """Looks at the loss on examples that are not trained on."""
     seen = state.validation

@@ -15,6 +15,7 @@ from nnsanity.monitor.state import (
 from nnsanity.monitor.verdicts import GROWTH_LIMIT, SPIKE_LENGTH
 
 
+@jax.jit
 def merged(a: MonitorState, b: MonitorState) -> MonitorState:
     """Joins two states; associative up to rounding, and a blank one changes nothing.
 

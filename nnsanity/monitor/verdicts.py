@@ -73,10 +73,28 @@ def _too_high(state: MonitorState, names: Names) -> list[Finding]:
             f"Up to step {state.step - 1} an update moved half of the weights by more"
             f" than {number(ratio)} of their own size, where 0.001 is usual, and the"
             f" loss is at {number(float(state.loss))} after an average of"
-            f" {number(float(state.lowest_average))} at step {state.lowest_step}.",
-            "Divide the learning rate by 10 until the loss falls steadily.",
+            f" {number(float(state.lowest_average))} at step {state.lowest_step}."
+            f"{_since(state) if _rises(state) else ''}",
+            _LOWER.format(state.spike.step)
+            if _rises(state)
+            else "Divide the learning rate by 10 until the loss falls steadily.",
         )
     ]
+
+
+_LOWER = "Lower the learning rate, and look at what it did before step {}."
+
+
+def _rises(state: MonitorState) -> bool:
+    """Tells whether the loss rose, and has not come back."""
+    spike = state.spike
+    is_last = spike.step + spike.length == state.step
+    return bool(spike.step >= 0 and spike.length >= SPIKE_LENGTH and is_last)
+
+
+def _since(state: MonitorState) -> str:
+    level = number(float(state.spike.level))
+    return f" The loss had been above {level} since step {state.spike.step}."
 
 
 def _usual_ratio(state: MonitorState, names: Names) -> float:
@@ -135,10 +153,7 @@ def _nonfinite(state: MonitorState, names: Names, every: int) -> list[Finding]:
     else:
         words += " The parameters were still finite."
     if _rose_before(state):
-        words += (
-            f" The loss had been above {number(float(state.spike.level))} since step"
-            f" {state.spike.step}."
-        )
+        words += _since(state)
     flags = (bad.parameters, bad.gradients, bad.updates)
     where = [*rows, *(_first(flag, names) for flag in flags if flag.any()), "loss"][0]
     num_bad = len(rows) + len(gradients) + len(updates) + int(bad.loss)
@@ -182,10 +197,7 @@ def _counted(kind: str, bad: list[str], leaves: list[str]) -> list[str]:
 def _advice(state: MonitorState, names: Names, rows: list[str]) -> str:
     bad = state.nonfinite
     if _rose_before(state):
-        return (
-            "Lower the learning rate, and look at what it did before step"
-            f" {state.spike.step}."
-        )
+        return _LOWER.format(state.spike.step)
     if not bad.loss and not bad.gradients.any():
         return "Look into the optimizer: finite gradients became other updates."
     if not _usual_ratio(state, names) <= RATIO_LIMIT:

@@ -11,7 +11,7 @@ import optax
 from nnsanity._tree import inexact_leaves
 from nnsanity._types import Array, LossFn, Params, PyTree
 from nnsanity.findings import Finding
-from nnsanity.monitor.looks import Look, placed_like, varies, with_look
+from nnsanity.monitor.looks import Look, over_microbatches, placed_like, with_look
 from nnsanity.monitor.losses import seen_late, with_loss, with_validation
 from nnsanity.monitor.merging import merged
 from nnsanity.monitor.metrics import metrics_of
@@ -26,6 +26,7 @@ from nnsanity.monitor.state import (
 from nnsanity.monitor.verdicts import judge_monitor
 from nnsanity.monitor.wrapping import wrapped
 from nnsanity.signals import Signals
+from nnsanity.tracing.compat import varies
 
 WINDOW = 100
 """Watched steps without activity after which a unit counts as dead: 3,200 examples at a
@@ -39,7 +40,8 @@ class Monitor(NamedTuple):
         init: ``init(loss_fn, params, batch) -> state``, from shapes alone.
         due: ``due(state) -> bool[]``, whether to watch this step.
         update: ``update(state, loss=, signals=, grads=, updates=, params=) -> state``;
-            ``params`` are those that the updates are added to.  Where it is known:
+            ``params`` are those that the updates are added to, ``signals`` may have a
+            leading axis of microbatches.  Where it is known:
             ``microbatch_norms``, [k], global norms of the gradients whose mean
             ``grads`` is; ``validation_loss``, as in ``validate``; ``axis_name``, the
             axis of a ``shard_map`` over which the batch is split.
@@ -142,6 +144,8 @@ def monitor(
         axis_name: str | None = None,
     ) -> MonitorState:
         names = names_of("monitor.update", state)
+        if isinstance(signals, Signals) and jnp.ndim(signals.watched) == 1:
+            signals = over_microbatches(signals)
         trees = {"grads": grads, "updates": updates, "params": params}
         check_step(names, loss, signals, trees, is_part=axis_name is not None)
         if microbatch_norms is not None:
@@ -225,7 +229,7 @@ def _check_norms(norms: Any) -> None:
     if len(shape) != 1 or shape[0] < 2:
         raise ValueError(
             "monitor.update: microbatch_norms must be the global norms of at least 2"
-            f" microbatch gradients, [k], got shape {shape}; take optax.global_norm of"
+            f" microbatch gradients, [k], got shape {shape}; take optax.tree.norm of"
             " each"
         )
 

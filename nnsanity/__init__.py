@@ -23,6 +23,7 @@ from nnsanity.lint import lint
 from nnsanity.moments import Moments, feature_moments, merge_moments, z_scores
 from nnsanity.monitor.state import MonitorState
 from nnsanity.monitor.watch import Monitor, monitor
+from nnsanity.monitor.wrapping import MonitoredState
 from nnsanity.report import Report
 from nnsanity.signals import Signals, activations, value_and_grad
 from nnsanity.tracing.averaged import averaged_terms
@@ -45,6 +46,7 @@ __all__ = [
     "Moments",
     "Monitor",
     "MonitorState",
+    "MonitoredState",
     "NoiseScale",
     "Normalization",
     "Reachable",

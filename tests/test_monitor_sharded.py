@@ -141,6 +141,50 @@ def test_the_same_sharded(kind, layout):
             assert left.sharding.is_equivalent_to(right.sharding, left.ndim)
 
 
+def scanned_loss(params, batch):
+    def block(x, weights):
+        hidden = jax.nn.relu(x @ weights["up"])
+        return x + 0.1 * hidden @ weights["down"], None
+
+    outputs, _ = jax.lax.scan(block, batch[0], params["block"])
+    return jnp.mean((outputs @ params["head"] - batch[1]) ** 2)
+
+
+@NEEDS_DEVICES
+@pytest.mark.parametrize("split", ["layers", "units"])
+def test_layers_of_a_scan_that_are_split(split):
+    keys = jax.random.split(jax.random.key(2), 3)
+    up = jax.random.normal(keys[0], (4, 8, 16)).at[1, :, :3].set(0)
+    down = jax.random.normal(keys[1], (4, 16, 8))
+    head = jax.random.normal(keys[2], (8, 1))
+    params = {"block": {"down": down, "up": up}, "head": head}
+    mesh = jax.make_mesh(
+        (2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    by_layer = {"down": P("model"), "up": P("model")}
+    by_unit = {"down": P(None, "model"), "up": P(None, None, "model")}
+    specs = {"block": by_layer if split == "layers" else by_unit, "head": P()}
+    place = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
+    rows = jax.sharding.NamedSharding(mesh, P("data"))
+    watch = ns.monitor(every=EVERY)
+    plain = jax.jit(functools.partial(plain_step, scanned_loss))
+    step = jax.jit(functools.partial(watched_step, watch, scanned_loss))
+    state = watch.init(scanned_loss, params, BATCH)
+    expected = params, OPTIMIZER.init(params), state
+    with jax.set_mesh(mesh):
+        params, batch = jax.device_put(params, place), jax.device_put(BATCH, rows)
+        found = params, jax.jit(OPTIMIZER.init)(params), state
+        num_plain = num_gathers(plain, found[:2], batch)
+        assert num_gathers(step, found, batch) <= num_plain
+        for _ in range(3):
+            found = step(found, batch)
+    for _ in range(3):
+        expected = step(expected, BATCH)
+    assert_alike(found[2], expected[2])
+    never = np.asarray(found[2].last_active["block/up"]) < 0
+    np.testing.assert_array_equal(never[1, :4], [True, True, True, False])
+
+
 def on_every_device(mesh, specs, watch, loss, *, is_averaged, check_vma):
     """A step whose devices each see a part of the batch."""
 

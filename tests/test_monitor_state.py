@@ -164,7 +164,7 @@ def test_gradient_accumulation_is_the_whole_batch():
     state = carry[2]
     noise, blank = state.gradient_noise, start(watch)[2].gradient_noise
     assert_alike(state._replace(gradient_noise=blank), trained(watch)[2])
-    assert noise.count == 4
+    assert noise.num_steps == 4
     # One step: the same as the function that is made for it.
     carry = jax.jit(accumulated)(start(watch), BATCH)
     found = ns.gradient_noise_scale(loss_fn, PARAMS, BATCH, num_microbatches=4)

@@ -173,9 +173,9 @@ def _with_microbatches(
     squares = jnp.sum(in_float32(norms) ** 2)
     # Negative only by rounding.
     variance = jnp.maximum(squares - count * square_norm, 0) / (count - 1)
-    rate = rate_of(before.count, LEAF_RATE)
+    rate = rate_of(before.num_steps, LEAF_RATE)
     after = GradientNoise(
-        before.count + 1,
+        before.num_steps + 1,
         before.square_norm + rate * (square_norm - before.square_norm),
         before.noise + rate * (variance / count - before.noise),
     )

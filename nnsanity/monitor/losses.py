@@ -101,7 +101,7 @@ def with_validation(state: MonitorState, loss: Array) -> MonitorState:
     """Looks at the loss on examples that are not trained on."""
     seen = state.validation
     loss = loss.astype(jnp.float32)
-    is_first = seen.count == 0
+    is_first = seen.num_evaluations == 0
     first = jnp.where(is_first | ~jnp.isfinite(seen.first), loss, seen.first)
     rise = jnp.maximum(
         (RISE_LIMIT - 1) * jnp.abs(seen.lowest), LOST_SHARE * (first - seen.lowest)
@@ -111,7 +111,7 @@ def with_validation(state: MonitorState, loss: Array) -> MonitorState:
     # Before an update it is of the parameters after the step before.
     step = jnp.maximum(state.step - 1, 0)
     validation = seen._replace(
-        count=seen.count + 1,
+        num_evaluations=seen.num_evaluations + 1,
         step=step,
         loss=loss,
         first=first,

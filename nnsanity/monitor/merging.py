@@ -91,25 +91,27 @@ def _earlier(a: Nonfinite, b: Nonfinite) -> Nonfinite:
 
 
 def _noise(a: GradientNoise, b: GradientNoise) -> GradientNoise:
-    counts = a.count, b.count
+    counts = a.num_steps, b.num_steps
     return GradientNoise(
-        a.count + b.count,
+        a.num_steps + b.num_steps,
         _mean(counts, a.square_norm, b.square_norm),
         _mean(counts, a.noise, b.noise),
     )
 
 
 def _validation(a: Validation, b: Validation) -> Validation:
-    counts = a.count, b.count
+    counts = a.num_evaluations, b.num_evaluations
     shorter = jnp.minimum(a.length, b.length)
-    alone = jnp.where(b.count == 0, a.length, b.length)
+    alone = jnp.where(b.num_evaluations == 0, a.length, b.length)
     return Validation(
-        count=a.count + b.count,
+        num_evaluations=a.num_evaluations + b.num_evaluations,
         step=jnp.maximum(a.step, b.step),
         loss=_mean(counts, a.loss, b.loss),
         first=_mean(counts, a.first, b.first),
         lowest=_mean(counts, a.lowest, b.lowest),
         lowest_step=jnp.maximum(a.lowest_step, b.lowest_step),
         training=_mean(counts, a.training, b.training),
-        length=jnp.where((a.count == 0) | (b.count == 0), alone, shorter),
+        length=jnp.where(
+            (a.num_evaluations == 0) | (b.num_evaluations == 0), alone, shorter
+        ),
     )

@@ -66,12 +66,12 @@ class GradientNoise(NamedTuple):
     noise scale; the noise scale is share / (1 - share) batches.
 
     Attributes:
-        count: int32[], steps that gave microbatches.
+        num_steps: int32[], those that gave microbatches.
         square_norm: float32[], of the batch's gradient, its noise included.
         noise: float32[], expected square of the noise in it.
     """
 
-    count: Array
+    num_steps: Array
     square_norm: Array
     noise: Array
 
@@ -80,7 +80,7 @@ class Validation(NamedTuple):
     """The loss on examples that are not trained on.
 
     Attributes:
-        count: int32[], evaluations.
+        num_evaluations: int32[].
         step: int32[], of the last; -1 is none.
         loss: float32[], last.
         first: float32[].
@@ -90,7 +90,7 @@ class Validation(NamedTuple):
         length: int32[], evaluations in a row that were clearly above the lowest.
     """
 
-    count: Array
+    num_evaluations: Array
     step: Array
     loss: Array
     first: Array
@@ -240,7 +240,7 @@ def blank_state(names: Names, *, every: int) -> MonitorState:
         lowest_step=count(0),
         spike=Spike(count(-1), count(0), zeros(), count(0), zeros()),
         validation=Validation(
-            count=count(0),
+            num_evaluations=count(0),
             step=count(-1),
             loss=zeros(),
             first=zeros(),

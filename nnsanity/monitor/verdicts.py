@@ -154,7 +154,7 @@ def _nonfinite(state: MonitorState, names: Names, every: int) -> list[Finding]:
         words += " The parameters were still finite."
     if _rose_before(state):
         words += _since(state)
-    flags = (bad.parameters, bad.gradients, bad.updates)
+    flags = [np.asarray(one) for one in (bad.parameters, bad.gradients, bad.updates)]
     where = [*rows, *(_first(flag, names) for flag in flags if flag.any()), "loss"][0]
     num_bad = len(rows) + len(gradients) + len(updates) + int(bad.loss)
     advice = _advice(state, names, rows)
@@ -268,7 +268,7 @@ def _dead_units(
 def _overfitting(state: MonitorState) -> list[Finding]:
     seen = state.validation
     still_falls = float(state.loss_average) < float(seen.training)
-    if seen.count and not np.isfinite(seen.loss) and np.isfinite(state.loss):
+    if seen.num_evaluations and not np.isfinite(seen.loss) and np.isfinite(state.loss):
         return [
             Finding(
                 "results/nonfinite",

@@ -52,7 +52,8 @@ class Monitor(NamedTuple):
             not finite is 0, and counted by ``"nonfinite/count"``.
         diagnose: ``diagnose(state) -> tuple[Finding, ...]``, on the host.
         around: ``around(optimizer, loss_fn, batch)``, an optax transformation that
-            watches another; its state is a ``MonitoredState``.
+            watches another, alone or in a chain; its state is a ``MonitoredState``.
+            Call ``tx.update(grads, opt_state, params, value=loss, signals=signals)``.
     """
 
     init: Callable[..., MonitorState]

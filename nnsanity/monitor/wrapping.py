@@ -30,6 +30,9 @@ def wrapped(
 ) -> optax.GradientTransformationExtraArgs:
     """Watches what an optimizer makes of the gradients.
 
+    Its ``update`` takes the loss by optax's name, ``value=``, then ``signals=`` and
+    what else ``Monitor.update`` knows; more is passed on to the optimizer.
+
     Args:
         optimizer: any optax transformation.
         init_monitor: ``init_monitor(params) -> state``.
@@ -52,6 +55,9 @@ def wrapped(
         *,
         value: Array | None = None,
         signals: Signals | None = None,
+        microbatch_norms: Array | None = None,
+        validation_loss: Array | None = None,
+        axis_name: str | None = None,
         **extra: Any,
     ) -> tuple[PyTree, MonitoredState]:
         if params is None or value is None or signals is None:
@@ -69,6 +75,9 @@ def wrapped(
             grads=updates,
             updates=changed,
             params=params,
+            microbatch_norms=microbatch_norms,
+            validation_loss=validation_loss,
+            axis_name=axis_name,
         )
         return changed, MonitoredState(after, watched)
 

@@ -78,6 +78,16 @@ def watched_step(watch, loss, carry, batch):
     return optax.apply_updates(params, updates), opt_state, state
 
 
+def wrapped_step(watch, tx, loss, carry, batch):
+    params, opt_state = carry
+    watched = ns.value_and_grad(loss, when=watch.due(opt_state.monitor))
+    (value, signals), grads = watched(params, batch)
+    updates, opt_state = tx.update(
+        grads, opt_state, params, value=value, signals=signals
+    )
+    return optax.apply_updates(params, updates), opt_state
+
+
 def assert_alike(found, expected, rtol=1e-4):
     for left, right in zip(
         *map(jax.tree.leaves_with_path, (found, expected)), strict=True
@@ -134,6 +144,14 @@ def test_the_same_sharded(kind, layout):
         for _ in range(3):
             carry = step(carry, batch)
         metrics = watch.metrics(carry[2])
+        tx = watch.around(OPTIMIZER, loss, batch)
+        wrapped = jax.jit(functools.partial(wrapped_step, watch, tx, loss))
+        other = params, ns.MonitoredState(opt_state, state)
+        if layout != "data":
+            assert num_gathers(wrapped, other, batch) <= num_plain
+            for _ in range(3):
+                other = wrapped(other, batch)
+            assert_alike(other[1].monitor, unsharded()[2])
     assert_alike(carry[2], unsharded()[2])
     assert metrics["activations/w1/dead"] == 0  # not yet
     if kind == "Explicit":

@@ -228,8 +228,9 @@ def test_a_merge_pools_what_its_parts_saw():
         assert joined.spike.step == 7
 
 
-def test_an_optimizer_that_is_watched():
-    watch = ns.monitor(every=2)
+@pytest.mark.parametrize("every", [1, 2])
+def test_an_optimizer_that_is_watched(every):
+    watch = ns.monitor(every=every)
     tx = optax.chain(
         optax.clip_by_global_norm(1e3),
         watch.around(TX, loss_fn, BATCH),
@@ -257,6 +258,31 @@ def test_an_optimizer_that_is_watched():
     assert ns.leaf_names(PARAMS) == ("b1", "w1", "w2")
     assert last.norm.shape == (3,)
     assert optax.tree.get(opt_state, "smooth").norm.shape == (3,)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_watched_optimizers_side_by_side_in_a_scan(every):
+    watch = ns.monitor(every=every)
+    tx = watch.around(TX, loss_fn, BATCH)
+
+    def turn(carry, _):
+        params, opt_state = carry
+        watched = ns.value_and_grad(loss_fn, when=watch.due(opt_state.monitor))
+        (loss, signals), grads = watched(params, BATCH)
+        updates, opt_state = tx.update(
+            grads, opt_state, params, value=loss, signals=signals
+        )
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    def run(params):
+        return jax.lax.scan(turn, (params, tx.init(params)), None, length=4)[0]
+
+    both = jax.tree.map(lambda one: jnp.stack([one, 0.5 * one]), PARAMS)
+    params, opt_state = jax.jit(jax.vmap(run))(both)
+    expected = trained(watch)
+    found = params, opt_state.monitor
+    found = jax.tree.map(lambda one: one[0], found)
+    assert_alike(found, (expected[0], expected[2]))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What a monitor reads in a step that it watches: gradients, updates, parameters."""
 
-import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -33,25 +33,29 @@ class Look(NamedTuple):
     is_local: bool = False
 
 
+class Trees(NamedTuple):
+    """The floating-point leaves of a step; updates may be made when they are read."""
+
+    grads: list[Array]
+    updates: list[Array] | Callable[[], list[Array]]
+    params: list[Array]
+
+
 def with_look(
     look: Look,
     state: MonitorState,
     is_due: Array,
     signals: Signals,
     microbatch_norms: Array | None,
-    trees: list[list[Array]],
+    trees: Trees,
 ) -> MonitorState:
     """Looks at a step that is due, and at one whose loss is the first that is NaN."""
     is_broken = state.nonfinite.step == state.step
-    return jax.lax.cond(
-        is_due | is_broken,
-        functools.partial(_looked_at, look),
-        lambda state, *_: state,
-        state,
-        signals,
-        microbatch_norms,
-        *trees,
-    )
+
+    def looked(state: MonitorState) -> MonitorState:
+        return _looked_at(look, state, signals, microbatch_norms, trees)
+
+    return jax.lax.cond(is_due | is_broken, looked, lambda state: state, state)
 
 
 def _looked_at(
@@ -59,10 +63,13 @@ def _looked_at(
     state: MonitorState,
     signals: Signals,
     microbatch_norms: Array | None,
-    *trees: list[Array],
+    trees: Trees,
 ) -> MonitorState:
     """Reads gradients, updates and parameters once each."""
-    gradient, update, parameter = (_norms(look, leaves) for leaves in trees)
+    updates = trees.updates() if callable(trees.updates) else trees.updates
+    gradient, update, parameter = (
+        _norms(look, leaves) for leaves in (trees.grads, updates, trees.params)
+    )
     rate = rate_of(state.num_watched, LEAF_RATE)
     known = state.update_average > 0
     growth = update / jnp.where(known, state.update_average, 1)

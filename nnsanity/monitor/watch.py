@@ -11,7 +11,13 @@ import optax
 from nnsanity._tree import inexact_leaves
 from nnsanity._types import Array, LossFn, Params, PyTree
 from nnsanity.findings import Finding
-from nnsanity.monitor.looks import Look, over_microbatches, placed_like, with_look
+from nnsanity.monitor.looks import (
+    Look,
+    Trees,
+    over_microbatches,
+    placed_like,
+    with_look,
+)
 from nnsanity.monitor.losses import seen_late, with_loss, with_validation
 from nnsanity.monitor.merging import merged
 from nnsanity.monitor.metrics import metrics_of
@@ -40,8 +46,9 @@ class Monitor(NamedTuple):
         init: ``init(loss_fn, params, batch) -> state``, from shapes alone.
         due: ``due(state) -> bool[]``, whether to watch this step.
         update: ``update(state, loss=, signals=, grads=, updates=, params=) -> state``;
-            ``params`` are those that the updates are added to, ``signals`` may have a
-            leading axis of microbatches.  Where it is known:
+            ``params`` are those that the updates are added to, ``updates`` may be a
+            function without arguments that makes them where they are looked at,
+            ``signals`` may have a leading axis of microbatches.  Where it is known:
             ``microbatch_norms``, [k], global norms of the gradients whose mean
             ``grads`` is; ``validation_loss``, as in ``validate``; ``axis_name``, the
             axis of a ``shard_map`` over which the batch is split.
@@ -75,7 +82,10 @@ def monitor(
     the compiled program; ``vmap`` turns the branch into a choice, so that there every
     step pays.  Gradients, updates and parameters are looked at, whatever ``every`` is,
     in the first step whose loss is not finite.  A watched step costs one read of
-    gradients, updates and parameters, and the memory of the updates.
+    gradients, updates and parameters.  Updates that are handed over are written to
+    memory in every step, where a plain step adds them as it makes them; ``around``
+    makes them a second time in the steps that are looked at instead, if ``every`` is
+    above 1.
 
     A monitor knows the names of the network that it was last initialized for: take one
     for each network.  In a new process call ``init`` first, then restore the state from
@@ -138,7 +148,7 @@ def monitor(
         loss: Array,
         signals: Signals,
         grads: PyTree,
-        updates: PyTree,
+        updates: PyTree | Callable[[], PyTree],
         params: Params,
         microbatch_norms: Array | None = None,
         validation_loss: Array | None = None,
@@ -147,7 +157,8 @@ def monitor(
         names = names_of("monitor.update", state)
         if isinstance(signals, Signals) and jnp.ndim(signals.watched) == 1:
             signals = over_microbatches(signals)
-        trees = {"grads": grads, "updates": updates, "params": params}
+        given = jax.eval_shape(updates) if callable(updates) else updates
+        trees = {"grads": grads, "updates": given, "params": params}
         check_step(names, loss, signals, trees, is_part=axis_name is not None)
         if microbatch_norms is not None:
             _check_norms(microbatch_norms)
@@ -157,7 +168,9 @@ def monitor(
         loss = loss if axis_name is None else jax.lax.pmean(loss, axis_name)
         state = with_loss(state, loss, every)
         is_due = signals.watched & (state.step % every == 0)
-        leaves = [inexact_leaves(tree) for tree in trees.values()]
+        leaves = Trees(
+            inexact_leaves(grads), _leaves_of(updates), inexact_leaves(params)
+        )
         state = with_look(look, state, is_due, signals, microbatch_norms, leaves)
         if every > 1:
             state = state._replace(spike=seen_late(state, is_due, every))
@@ -191,7 +204,7 @@ def monitor(
         def init_for(params: Params) -> MonitorState:
             return init(loss_fn, params, *rest)
 
-        return wrapped(optimizer, init_for, update)
+        return wrapped(optimizer, init_for, update, is_repeated=every > 1)
 
     return Monitor(init, due, update, validate, merge, metrics, diagnose, around)
 
@@ -223,6 +236,12 @@ def _known_names(
                 " seed at a time"
             )
     return known[0]
+
+
+def _leaves_of(updates: Any) -> Any:
+    if callable(updates):
+        return lambda: inexact_leaves(updates())
+    return inexact_leaves(updates)
 
 
 def _check_norms(norms: Any) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import optax
 
 from nnsanity._types import Array, Params, PyTree
@@ -27,6 +28,8 @@ def wrapped(
     optimizer: optax.GradientTransformation,
     init_monitor: Callable[[Params], MonitorState],
     update_monitor: Callable[..., MonitorState],
+    *,
+    is_repeated: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """Watches what an optimizer makes of the gradients.
 
@@ -37,6 +40,8 @@ def wrapped(
         optimizer: any optax transformation.
         init_monitor: ``init_monitor(params) -> state``.
         update_monitor: as ``Monitor.update``.
+        is_repeated: whether updates are made again where they are looked at, so that
+            in other steps they need not be kept.
     """
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
@@ -65,20 +70,31 @@ def wrapped(
                 "monitor.around: update needs params, the loss and the signals: call"
                 " tx.update(grads, opt_state, params, value=loss, signals=signals)"
             )
-        changed, after = inner.update(
-            updates, state.optimizer, params, value=value, **extra
-        )
-        watched = update_monitor(
-            state.monitor,
-            loss=value,
-            signals=signals,
-            grads=updates,
-            updates=changed,
-            params=params,
-            microbatch_norms=microbatch_norms,
-            validation_loss=validation_loss,
-            axis_name=axis_name,
-        )
-        return changed, MonitoredState(after, watched)
+
+        known = {
+            "loss": value,
+            "signals": signals,
+            "microbatch_norms": microbatch_norms,
+            "validation_loss": validation_loss,
+            "axis_name": axis_name,
+        }
+        arguments = updates, state.optimizer, params
+
+        def run(updates: PyTree, before: PyTree, params: Params) -> tuple:
+            return inner.update(updates, before, params, value=value, **extra)
+
+        def watched(changed: PyTree | Callable[[], PyTree]) -> MonitorState:
+            trees = {"grads": updates, "updates": changed, "params": params}
+            return update_monitor(state.monitor, **trees, **known)
+
+        # What is looked at is overwritten later: read first, it need not be copied.
+        if is_repeated:
+            after = watched(lambda: run(*arguments)[0])
+            arguments, after = jax.lax.optimization_barrier((arguments, after))
+            changed, inner_state = run(*arguments)
+        else:
+            changed, inner_state = run(*arguments)
+            changed, after = jax.lax.optimization_barrier((changed, watched(changed)))
+        return changed, MonitoredState(inner_state, after)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -24,7 +24,7 @@ import nnsanity as ns
 NAMES = ("MLP, batch 128", "CNN, batch 32", "transformer, batch 16")
 TURNS = 30
 STEPS = 16
-SECONDS = 120.0
+SECONDS = 90.0
 """Turns of slow networks stop after about this time."""
 
 

@@ -56,6 +56,8 @@ def _too_high(state: MonitorState, names: Names) -> list[Finding]:
     spike = state.spike
     if spike.length >= SPIKE_LENGTH and spike.growth > GROWTH_LIMIT:
         return [_spike(state, names)]
+    if _rose_before(state) and state.nonfinite.step - spike.step >= SPIKE_LENGTH:
+        return [_diverged(state, names)]
     if state.num_watched < SETTLED and np.isfinite(state.loss):
         return []
     ratio = _usual_ratio(state, names)
@@ -120,6 +122,24 @@ def _spike(state: MonitorState, names: Names) -> Finding:
         f" {now if lost else 'it has come back since'}.",
         f"Look at what the learning rate did before step {spike.step}: lower it there,"
         " or warm it up more slowly after a restart.",
+    )
+
+
+def _diverged(state: MonitorState, names: Names) -> Finding:
+    """Between two looks: how large the updates were is not known."""
+    begun, bad = int(state.spike.step), state.nonfinite
+    flags = np.asarray(bad.parameters) | np.asarray(bad.gradients)
+    return Finding(
+        "learning-rate/too-high",
+        6,
+        "warning",
+        _first(flags, names) if flags.any() else "optimizer",
+        float(bad.step - begun),
+        float(SPIKE_LENGTH),
+        f"The loss rose above {number(float(state.spike.level))} at step {begun}, and"
+        f" {bad.step - begun} steps later it was no number any more: it grew from step"
+        " to step, as it does at a rate that is too high.",
+        _LOWER.format(begun),
     )
 
 

@@ -70,7 +70,6 @@ def wrapped(
                 "monitor.around: update needs params, the loss and the signals: call"
                 " tx.update(grads, opt_state, params, value=loss, signals=signals)"
             )
-
         known = {
             "loss": value,
             "signals": signals,

@@ -56,7 +56,8 @@ class Monitor(NamedTuple):
             other examples was computed.
         merge: ``merge(a, b) -> state``, of two hosts or two runs; associative.
         metrics: ``metrics(state) -> dict[str, Array]``, finite float32 scalars; what is
-            not finite is 0, and counted by ``"nonfinite/count"``.
+            not finite is 0, and counted by ``"nonfinite/count"``; what was never given
+            (a validation loss, microbatches) is 0 as well.
         diagnose: ``diagnose(state) -> tuple[Finding, ...]``, on the host.
         around: ``around(optimizer, loss_fn, batch)``, an optax transformation that
             watches another, alone or in a chain; its state is a ``MonitoredState``.

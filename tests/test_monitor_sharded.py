@@ -103,16 +103,31 @@ def unsharded():
     watch = ns.monitor(every=EVERY)
     step = jax.jit(functools.partial(watched_step, watch, loss_fn))
     carry = PARAMS, OPTIMIZER.init(PARAMS), watch.init(loss_fn, PARAMS, BATCH)
+    return after_three(step, carry, BATCH)
+
+
+def compiled(step, carry, batch):
+    """Compiles a step that leaves everything where it was, and counts its gathers.
+
+    Which units were active may be gathered; numbers may not.
+    """
+    placed = jax.tree.map(lambda one: one.sharding, carry)
+    run = jax.jit(step, out_shardings=placed).lower(carry, batch).compile()
+    found = re.findall(r"= \(?(\w+)\[[^=]* all-gather(?:-start)?\(", run.as_text())
+    return run, len([dtype for dtype in found if dtype not in ("pred", "s32")])
+
+
+def blank_moments(params, everywhere):
+    """State of the optimizer, placed as the parameters are."""
+    adam, *rest = OPTIMIZER.init(jax.tree.map(np.asarray, params))
+    zeros = [jax.tree.map(lambda one: 0 * one, params) for _ in range(2)]
+    return optax.ScaleByAdamState(jax.device_put(adam.count, everywhere), *zeros), *rest
+
+
+def after_three(step, carry, batch):
     for _ in range(3):
-        carry = step(carry, BATCH)
+        carry = step(carry, batch)
     return carry
-
-
-def num_gathers(step, *arguments):
-    """Gathers of numbers; which units were active may be gathered."""
-    text = step.lower(*arguments).compile().as_text()
-    found = re.findall(r"= \(?(\w+)\[[^=]* all-gather(?:-start)?\(", text)
-    return len([dtype for dtype in found if dtype not in ("pred", "s32")])
 
 
 @NEEDS_DEVICES
@@ -129,29 +144,30 @@ def test_the_same_sharded(kind, layout):
 
     watch = ns.monitor(every=EVERY)
     loss = functools.partial(loss_fn, layout=layout, kind=kind)
-    plain = jax.jit(functools.partial(plain_step, loss))
-    step = jax.jit(functools.partial(watched_step, watch, loss))
     with jax.set_mesh(mesh):
         params = {name: put(leaf, specs[name]) for name, leaf in PARAMS.items()}
         batch = put(BATCH, rows)
-        opt_state = jax.jit(OPTIMIZER.init)(params)
+        everywhere = jax.sharding.NamedSharding(mesh, P())
+        opt_state = blank_moments(params, everywhere)
         state = put(watch.init(loss, params, batch), P())
-        carry = params, opt_state, state
         num_plain = 0
         if layout == "fsdp":  # the plain step gathers its parameters
-            num_plain = num_gathers(plain, (params, opt_state), batch)
-        assert num_gathers(step, carry, batch) <= num_plain
-        for _ in range(3):
-            carry = step(carry, batch)
+            plain = functools.partial(plain_step, loss)
+            _, num_plain = compiled(plain, (params, opt_state), batch)
+            tx = watch.around(OPTIMIZER, loss, batch)
+            wrapped = functools.partial(wrapped_step, watch, tx, loss)
+            carry = params, ns.MonitoredState(opt_state, state)
+            step, number = compiled(wrapped, carry, batch)
+            assert number <= num_plain
+            carry = after_three(step, carry, batch)
+            assert_alike(carry[1].monitor, unsharded()[2])
+        carry = params, opt_state, state
+        step, number = compiled(
+            functools.partial(watched_step, watch, loss), carry, batch
+        )
+        assert number <= num_plain
+        carry = after_three(step, carry, batch)
         metrics = watch.metrics(carry[2])
-        tx = watch.around(OPTIMIZER, loss, batch)
-        wrapped = jax.jit(functools.partial(wrapped_step, watch, tx, loss))
-        other = params, ns.MonitoredState(opt_state, state)
-        if layout != "data":
-            assert num_gathers(wrapped, other, batch) <= num_plain
-            for _ in range(3):
-                other = wrapped(other, batch)
-            assert_alike(other[1].monitor, unsharded()[2])
     assert_alike(carry[2], unsharded()[2])
     assert metrics["activations/w1/dead"] == 0  # not yet
     if kind == "Explicit":
@@ -185,19 +201,20 @@ def test_layers_of_a_scan_that_are_split(split):
     place = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
     rows = jax.sharding.NamedSharding(mesh, P("data"))
     watch = ns.monitor(every=EVERY)
-    plain = jax.jit(functools.partial(plain_step, scanned_loss))
-    step = jax.jit(functools.partial(watched_step, watch, scanned_loss))
+    step = functools.partial(watched_step, watch, scanned_loss)
     state = watch.init(scanned_loss, params, BATCH)
     expected = params, OPTIMIZER.init(params), state
+    expected = after_three(jax.jit(step), expected, BATCH)
     with jax.set_mesh(mesh):
         params, batch = jax.device_put(params, place), jax.device_put(BATCH, rows)
-        found = params, jax.jit(OPTIMIZER.init)(params), state
-        num_plain = num_gathers(plain, found[:2], batch)
-        assert num_gathers(step, found, batch) <= num_plain
-        for _ in range(3):
-            found = step(found, batch)
-    for _ in range(3):
-        expected = step(expected, BATCH)
+        everywhere = jax.sharding.NamedSharding(mesh, P())
+        opt_state = blank_moments(params, everywhere)
+        carry = params, opt_state, jax.device_put(state, everywhere)
+        plain = functools.partial(plain_step, scanned_loss)
+        _, num_plain = compiled(plain, carry[:2], batch)
+        run, number = compiled(step, carry, batch)
+        assert number <= num_plain
+        found = after_three(run, carry, batch)
     assert_alike(found[2], expected[2])
     never = np.asarray(found[2].last_active["block/up"]) < 0
     np.testing.assert_array_equal(never[1, :4], [True, True, True, False])

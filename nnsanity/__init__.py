@@ -51,6 +51,7 @@ from nnsanity.moments import (
 )
 from nnsanity.monitor.state import MonitorState
 from nnsanity.monitor.watch import Monitor, monitor
+from nnsanity.monitor.wrapping import MonitoredState
 from nnsanity.neighbors import Continuity, continuity
 from nnsanity.noise_average import (
     NoiseAverage,
@@ -114,6 +115,7 @@ __all__ = [
     "Moments",
     "Monitor",
     "MonitorState",
+    "MonitoredState",
     "NoiseAverage",
     "NoiseScale",
     "Normalization",

@@ -8,61 +8,23 @@ import pytest
 
 import nnsanity as ns
 from nnsanity.monitor.watch import monitor as make_monitor
-
-KEY = jax.random.key(0)
-X = jax.random.normal(KEY, (256, 3))
-Y = jnp.sin(2 * X[:, :1]) + 0.1 * jax.random.normal(jax.random.key(9), (256, 1))
-BATCH = X[:32], Y[:32]
-NAMES = ("b1", "b2", "w1", "w2")
-
-
-def init_mlp(key, width=16):
-    one, two = jax.random.split(key)
-    return {
-        "b1": jnp.zeros(width),
-        "b2": jnp.zeros(1),
-        "w1": jax.random.normal(one, (3, width)) * jnp.sqrt(2 / 3),
-        "w2": jax.random.normal(two, (width, 1)) / jnp.sqrt(width),
-    }
-
-
-PARAMS = init_mlp(jax.random.key(1))
-
-
-def mlp_loss(params, batch):
-    hidden = jax.nn.relu(batch[0] @ params["w1"] + params["b1"][None])
-    return jnp.mean((hidden @ params["w2"] + params["b2"][None] - batch[1]) ** 2)
+from tests.watched import (
+    BATCH,
+    KEY,
+    NAMES,
+    PARAMS,
+    X,
+    Y,
+    init_mlp,
+    mlp_loss,
+    start,
+    watched_step,
+)
 
 
 def batch_at(key, step, data=(X, Y), size=32):
     rows = jax.random.randint(jax.random.fold_in(key, step), (size,), 0, len(data[0]))
     return jax.tree.map(lambda leaf: leaf[rows], data)
-
-
-def watched_step(watch, loss_fn, tx):
-    """One training step: (state, params, opt_state), batch, scale of the updates."""
-
-    def step(carry, batch, scale=1.0):
-        state, params, opt_state = carry
-        watched = ns.value_and_grad(loss_fn, when=watch.due(state))
-        (loss, signals), grads = watched(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        updates = jax.tree.map(lambda one: scale * one, updates)
-        state = watch.update(
-            state,
-            loss=loss,
-            signals=signals,
-            grads=grads,
-            updates=updates,
-            params=params,
-        )
-        return state, optax.apply_updates(params, updates), opt_state
-
-    return step
-
-
-def start(watch, loss_fn, params, tx, batch):
-    return watch.init(loss_fn, params, batch), params, tx.init(params)
 
 
 def train(
@@ -199,12 +161,12 @@ def test_a_rate_that_jumps(tx, every):
         scale=lambda step: jnp.where(step < 200, 1.0, 100.0),
     )
     finding = watch.diagnose(state)[0]
-    if every > 1 and not jnp.isfinite(state.loss):  # between two looks
-        assert finding.rule == "results/nonfinite"
-        assert "since step 201" in finding.message
-        assert "Lower the learning rate" in finding.advice
-        return
     assert finding.rule == "learning-rate/too-high"
+    if every > 1 and not jnp.isfinite(state.loss):  # between two looks
+        assert "at step 201, and" in finding.message
+        assert "before step 201" in finding.advice
+        assert "since step 201" in watch.diagnose(state)[1].message
+        return
     assert finding.severity in ("warning", "info")
     assert finding.measured > finding.limit
     assert finding.where in NAMES
@@ -240,14 +202,36 @@ def test_a_batch_with_nan_among_its_targets():
     assert "NaN in the targets of step 300" in finding.advice
 
 
-def test_a_batch_with_nan_in_a_step_that_is_not_watched():
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_batch_with_nan_in_a_step_that_is_not_watched(part):
     watch = make_monitor(every=16)
     watch, state = train(
-        mlp_loss, PARAMS, optax.adam(1e-2), watch=watch, break_batch=nan_in(0)
+        mlp_loss, PARAMS, optax.adam(1e-2), watch=watch, break_batch=nan_in(part)
     )
     (finding,) = watch.diagnose(state)
-    assert "first in step 300: the loss." in finding.message
-    assert "every=1" in finding.advice
+    assert (finding.rule, finding.where) == ("results/nonfinite", "w1")
+    # The ReLU stops NaN in the inputs on its way back to the bias.
+    num_bad = 4 if part else 3
+    assert finding.measured == 1 + 2 * num_bad
+    assert f"first in step 300: the loss; the gradients of {num_bad}" in finding.message
+    assert "layers were not looked at" in finding.message
+    assert "parameters were still finite" in finding.message
+    assert "batch of step 300" in finding.advice
+
+
+def test_an_update_with_nan_in_a_step_that_is_not_watched():
+    watch, state = train(
+        mlp_loss,
+        PARAMS,
+        optax.sgd(0.05),
+        watch=make_monitor(every=16),
+        scale=lambda step: jnp.where(step == 300, jnp.nan, 1.0),
+    )
+    (finding,) = watch.diagnose(state)
+    assert (finding.rule, finding.where) == ("results/nonfinite", "w1")
+    assert "first in step 301: the loss" in finding.message
+    assert "already before its update" in finding.message
+    assert "Look at step 300" in finding.advice
 
 
 def test_an_optimizer_that_makes_nan_and_one_that_leaves_the_step_out():
@@ -318,3 +302,75 @@ def test_a_rate_too_high_from_the_start():
     assert (rate.rule, rate.severity) == ("learning-rate/too-high", "warning")
     assert broken.rule == "gradients/nonfinite"
     assert "learning rate by 10" in broken.advice
+
+
+def scanned_with_validation(watch, params, data, other, tx, steps=1000, often=50):
+    """Trains on few examples, and asks the loss on others now and then."""
+    step = watched_step(watch, mlp_loss, tx)
+
+    def turn(carry, index):
+        carry = step(carry, data)
+
+        def evaluated(state):
+            return watch.validate(state, mlp_loss(carry[1], other))
+
+        is_time = index % often == often - 1
+        state = jax.lax.cond(is_time, evaluated, lambda state: state, carry[0])
+        return (state, *carry[1:]), None
+
+    @jax.jit
+    def run(carry):
+        return jax.lax.scan(turn, carry, jnp.arange(steps))[0]
+
+    return run(start(watch, mlp_loss, params, tx, data))[0]
+
+
+@pytest.mark.parametrize("num_examples", [12, 256])
+def test_examples_learned_by_heart(num_examples):
+    watch, params = make_monitor(every=16), init_mlp(jax.random.key(4), 64)
+    data = X[:num_examples], Y[:num_examples]
+    fresh = jax.random.normal(jax.random.key(6), (256, 3))
+    other = fresh, jnp.sin(2 * fresh[:, :1])
+    state = scanned_with_validation(watch, params, data, other, optax.adam(1e-2))
+    findings = watch.diagnose(state)
+    if num_examples == 256:
+        assert findings == ()
+        return
+    (finding,) = findings
+    assert (finding.rule, finding.severity) == ("regularization/overfitting", "warning")
+    lowest = int(state.validation.lowest_step)
+    assert lowest < 500
+    assert lowest % 50 == 49
+    assert f"at step {lowest} and rose again" in finding.message
+    assert f"parameters of step {lowest}" in finding.advice
+    assert finding.measured > finding.limit
+
+
+def test_a_validation_loss_that_is_no_number():
+    watch = make_monitor()
+    state = watch.init(mlp_loss, PARAMS, BATCH)
+    state = watch.validate(state, jnp.float32(1))
+    assert watch.diagnose(state) == ()
+    (finding,) = watch.diagnose(watch.validate(state, jnp.float32(jnp.nan)))
+    assert (finding.rule, finding.where) == ("results/nonfinite", "validation data")
+
+
+@pytest.mark.parametrize("every", [1, 16])
+def test_a_rate_that_is_right_at_first_and_grows_wrong(every):
+    watch, state = train(
+        mlp_loss,
+        PARAMS,
+        optax.sgd(0.05),
+        watch=make_monitor(every=every),
+        scale=lambda step: jnp.exp(jnp.maximum(step - 500, 0) / 50),
+        steps=800,
+    )
+    findings = watch.diagnose(state)
+    assert findings
+    rules = [finding.rule for finding in findings]
+    assert rules[0] in ("learning-rate/too-high", "results/nonfinite")
+    words = findings[0].message + findings[0].advice
+    begun = int(state.spike.step)
+    assert 550 < begun < 800
+    assert f"step {begun}" in words
+    assert "rate" in findings[0].advice

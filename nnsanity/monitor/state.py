@@ -14,6 +14,8 @@ from nnsanity.signals import Signals
 from nnsanity.tracing.layers import inspect
 from nnsanity.units import is_thresholded
 
+Leaves = tuple[tuple[str, tuple[int, ...]], ...]
+
 
 class Nonfinite(NamedTuple):
     """What was NaN or infinite in the first step that had any.
@@ -22,7 +24,7 @@ class Nonfinite(NamedTuple):
 
     Attributes:
         step: int32[]; healthy is -1, none.
-        watched: bool[], whether more than the loss was looked at in that step.
+        watched: bool[], whether the layers were looked at in that step.
         loss: bool[].
         gradients: bool[leaves].
         updates: bool[leaves].
@@ -57,6 +59,47 @@ class Spike(NamedTuple):
     growth: Array
 
 
+class GradientNoise(NamedTuple):
+    """What microbatches tell of a batch's gradient, over about 100 watched steps.
+
+    The share of ``noise`` in ``square_norm`` is 0.5 where the batch is as large as the
+    noise scale; the noise scale is share / (1 - share) batches.
+
+    Attributes:
+        num_steps: int32[], those that gave microbatches.
+        square_norm: float32[], of the batch's gradient, its noise included.
+        noise: float32[], expected square of the noise in it.
+    """
+
+    num_steps: Array
+    square_norm: Array
+    noise: Array
+
+
+class Validation(NamedTuple):
+    """The loss on examples that are not trained on.
+
+    Attributes:
+        num_evaluations: int32[].
+        step: int32[], of the last; -1 is none.
+        loss: float32[], last.
+        first: float32[].
+        lowest: float32[]; healthy is near ``loss``.
+        lowest_step: int32[], its step.
+        training: float32[], average of the training loss at that step.
+        length: int32[], evaluations in a row that were clearly above the lowest.
+    """
+
+    num_evaluations: Array
+    step: Array
+    loss: Array
+    first: Array
+    lowest: Array
+    lowest_step: Array
+    training: Array
+    length: Array
+
+
 class MonitorState(NamedTuple):
     """What a monitor keeps: small arrays, by leaf, by row and by unit.
 
@@ -75,8 +118,12 @@ class MonitorState(NamedTuple):
         lowest_average: float32[]; healthy is near ``loss_average``.
         lowest_step: int32[], its step.
         spike: ``Spike``.
+        validation: ``Validation``.
         nonfinite: ``Nonfinite``.
         gradient_norm: float32[leaves], last.
+        clipped_share: float32[], of watched steps with a gradient above ``clip_norm``;
+            near 1 the clipping sets the step, not the gradient.
+        gradient_noise: ``GradientNoise``.
         update_norm: float32[leaves], last.
         parameter_norm: float32[leaves], last, before the update.
         update_average: float32[leaves], of the norm, over about 100 watched steps.
@@ -100,8 +147,11 @@ class MonitorState(NamedTuple):
     lowest_average: Array
     lowest_step: Array
     spike: Spike
+    validation: Validation
     nonfinite: Nonfinite
     gradient_norm: Array
+    clipped_share: Array
+    gradient_noise: GradientNoise
     update_norm: Array
     parameter_norm: Array
     update_average: Array
@@ -115,7 +165,7 @@ class MonitorState(NamedTuple):
 class Names(NamedTuple):
     """What ``init`` learned: leaves with their shapes, and layers with theirs."""
 
-    leaves: tuple[tuple[str, tuple[int, ...]], ...]
+    leaves: Leaves
     stacks: dict[str, tuple[int, ...]]
     units: dict[str, int]
     without_gradient: frozenset[str]
@@ -189,6 +239,16 @@ def blank_state(names: Names, *, every: int) -> MonitorState:
         lowest_average=zeros(),
         lowest_step=count(0),
         spike=Spike(count(-1), count(0), zeros(), count(0), zeros()),
+        validation=Validation(
+            num_evaluations=count(0),
+            step=count(-1),
+            loss=zeros(),
+            first=zeros(),
+            lowest=zeros(),
+            lowest_step=count(-1),
+            training=zeros(),
+            length=count(0),
+        ),
         nonfinite=Nonfinite(
             step=count(-1),
             watched=flags(),
@@ -199,6 +259,8 @@ def blank_state(names: Names, *, every: int) -> MonitorState:
             activations=flags(num_rows),
         ),
         gradient_norm=zeros(num_leaves),
+        clipped_share=zeros(),
+        gradient_noise=GradientNoise(count(0), zeros(), zeros()),
         update_norm=zeros(num_leaves),
         parameter_norm=zeros(num_leaves),
         update_average=zeros(num_leaves),
@@ -214,21 +276,45 @@ def blank_state(names: Names, *, every: int) -> MonitorState:
     )
 
 
-def check_step(names: Names, loss: Any, signals: Any, trees: dict[str, PyTree]) -> None:
+def check_scalar(function: str, argument: str, value: Any) -> None:
+    """Refuses a loss that is no number.
+
+    Raises:
+        ValueError: if it is not a floating-point scalar.
+    """
+    shape = getattr(value, "shape", None)
+    if shape == () and is_inexact(value):
+        return
+    hint = "; did you forget a mean?" if shape else ""
+    if isinstance(value, tuple):
+        hint = "; with has_aux=True it is the first of (loss, aux)"
+    raise ValueError(
+        f"{function}: {argument} must be a floating-point scalar, got {value!r}{hint}"
+    )
+
+
+def check_step(
+    names: Names,
+    loss: Any,
+    signals: Any,
+    trees: dict[str, PyTree],
+    *,
+    is_part: bool = False,
+) -> None:
     """Refuses what can't be of a step of this network.
+
+    Args:
+        names: of the network.
+        loss: given by the user, as are all that follow.
+        signals: of the step.
+        trees: by the name of their argument.
+        is_part: whether leaves may be parts of those that ``init`` saw.
 
     Raises:
         TypeError: if a value is of another type.
         ValueError: if a value is of another shape or structure.
     """
-    shape = getattr(loss, "shape", None)
-    if shape != () or not is_inexact(loss):
-        hint = "; did you forget a mean?" if shape else ""
-        if isinstance(loss, tuple):
-            hint = "; with has_aux=True it is the first of (loss, aux)"
-        raise ValueError(
-            f"monitor.update: loss must be a floating-point scalar, got {loss!r}{hint}"
-        )
+    check_scalar("monitor.update", "loss", loss)
     if not isinstance(signals, Signals):
         raise TypeError(
             "monitor.update: signals must be the Signals of ns.value_and_grad, got"
@@ -242,11 +328,14 @@ def check_step(names: Names, loss: Any, signals: Any, trees: dict[str, PyTree]) 
             f" {listed(names.stacks)}; were they given the same loss_fn?"
         )
     for argument, tree in trees.items():
-        if (found := _inexact(tree)) != names.leaves:
+        found, wanted = _inexact(tree), names.leaves
+        if is_part:
+            found, wanted = _without_sizes(found), _without_sizes(wanted)
+        if found != wanted:
             differing = [f"{name} {list(shape)}" for name, shape in found]
-            wanted = [f"{name} {list(shape)}" for name, shape in names.leaves]
-            missing = [f"no {one}" for one in wanted if one not in differing]
-            more = [one for one in differing if one not in wanted]
+            known = [f"{name} {list(shape)}" for name, shape in wanted]
+            missing = [f"no {one}" for one in known if one not in differing]
+            more = [one for one in differing if one not in known]
             raise ValueError(
                 f"monitor.update: {argument} must have the floating-point leaves of the"
                 f" params that monitor.init saw, got {listed(missing + more)}; was it"
@@ -254,7 +343,11 @@ def check_step(names: Names, loss: Any, signals: Any, trees: dict[str, PyTree]) 
             )
 
 
-def _inexact(tree: PyTree) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def _without_sizes(leaves: Leaves) -> Leaves:
+    return tuple((name, (0,) * len(shape)) for name, shape in leaves)
+
+
+def _inexact(tree: PyTree) -> Leaves:
     """Returns names and shapes of the floating-point leaves."""
     named = zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
     return tuple((name, jnp.shape(leaf)) for name, leaf in named if is_inexact(leaf))

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from nnsanity.checks.gradients import DEAD_LIMIT, VANISHING_LIMIT
+from nnsanity.checks.regularization import RISE_LIMIT
 from nnsanity.findings import Finding, listed, number
 from nnsanity.monitor.state import MonitorState, Names
 
@@ -17,6 +18,8 @@ SPIKE_LENGTH = 3
 """Steps in a row that a spike takes: single hard batches are none.  Starting value."""
 LOST_SHARE = 0.1
 """Share of what a run had gained that it may lose again.  Starting value."""
+RISE_LENGTH = 3
+"""Evaluations in a row above the limit that make overfitting.  Starting value."""
 SETTLED = 100
 """Watched steps after which averages by leaf are judged."""
 
@@ -36,6 +39,7 @@ def judge_monitor(
         *_too_high(state, names),
         *_nonfinite(state, names, every),
         *_dead_units(state, names, every, window),
+        *_overfitting(state),
         *_vanishing(state, names),
     )
 
@@ -52,6 +56,8 @@ def _too_high(state: MonitorState, names: Names) -> list[Finding]:
     spike = state.spike
     if spike.length >= SPIKE_LENGTH and spike.growth > GROWTH_LIMIT:
         return [_spike(state, names)]
+    if _rose_before(state) and state.nonfinite.step - spike.step >= SPIKE_LENGTH:
+        return [_diverged(state, names)]
     if state.num_watched < SETTLED and np.isfinite(state.loss):
         return []
     ratio = _usual_ratio(state, names)
@@ -69,10 +75,28 @@ def _too_high(state: MonitorState, names: Names) -> list[Finding]:
             f"Up to step {state.step - 1} an update moved half of the weights by more"
             f" than {number(ratio)} of their own size, where 0.001 is usual, and the"
             f" loss is at {number(float(state.loss))} after an average of"
-            f" {number(float(state.lowest_average))} at step {state.lowest_step}.",
-            "Divide the learning rate by 10 until the loss falls steadily.",
+            f" {number(float(state.lowest_average))} at step {state.lowest_step}."
+            f"{_since(state) if _rises(state) else ''}",
+            _LOWER.format(state.spike.step)
+            if _rises(state)
+            else "Divide the learning rate by 10 until the loss falls steadily.",
         )
     ]
+
+
+_LOWER = "Lower the learning rate, and look at what it did before step {}."
+
+
+def _rises(state: MonitorState) -> bool:
+    """Tells whether the loss rose, and has not come back."""
+    spike = state.spike
+    is_last = spike.step + spike.length == state.step
+    return bool(spike.step >= 0 and spike.length >= SPIKE_LENGTH and is_last)
+
+
+def _since(state: MonitorState) -> str:
+    level = number(float(state.spike.level))
+    return f" The loss had been above {level} since step {state.spike.step}."
 
 
 def _usual_ratio(state: MonitorState, names: Names) -> float:
@@ -101,6 +125,24 @@ def _spike(state: MonitorState, names: Names) -> Finding:
     )
 
 
+def _diverged(state: MonitorState, names: Names) -> Finding:
+    """Between two looks: how large the updates were is not known."""
+    begun, bad = int(state.spike.step), state.nonfinite
+    flags = np.asarray(bad.parameters) | np.asarray(bad.gradients)
+    return Finding(
+        "learning-rate/too-high",
+        6,
+        "warning",
+        _first(flags, names) if flags.any() else "optimizer",
+        float(bad.step - begun),
+        float(SPIKE_LENGTH),
+        f"The loss rose above {number(float(state.spike.level))} at step {begun}, and"
+        f" {bad.step - begun} steps later it was no number any more: it grew from step"
+        " to step, as it does at a rate that is too high.",
+        _LOWER.format(begun),
+    )
+
+
 def _nonfinite(state: MonitorState, names: Names, every: int) -> list[Finding]:
     bad = state.nonfinite
     if bad.step < 0:
@@ -122,17 +164,18 @@ def _nonfinite(state: MonitorState, names: Names, every: int) -> list[Finding]:
     ]
     words = f"NaN, infinite or beyond 1e19 first in step {bad.step}: {'; '.join(seen)}."
     if not bad.watched:
-        words += f" Nothing but the loss was looked at in that step (every={every})."
-    elif parameters:
-        words += f" So were {len(parameters)} parameters ({listed(parameters)})."
+        words += f" The layers were not looked at in that step (every={every})."
+    if parameters:
+        words += (
+            f" Of the parameters {len(parameters)} ({listed(parameters)}) were so"
+            " already before its update."
+        )
     else:
         words += " The parameters were still finite."
     if _rose_before(state):
-        words += (
-            f" The loss had been above {number(float(state.spike.level))} since step"
-            f" {state.spike.step}."
-        )
-    where = (rows or gradients or updates or ["loss"])[0]
+        words += _since(state)
+    flags = [np.asarray(one) for one in (bad.parameters, bad.gradients, bad.updates)]
+    where = [*rows, *(_first(flag, names) for flag in flags if flag.any()), "loss"][0]
     num_bad = len(rows) + len(gradients) + len(updates) + int(bad.loss)
     advice = _advice(state, names, rows)
     # Scaled losses overflow now and then; an update of zero leaves the step out.
@@ -153,6 +196,12 @@ def _nonfinite(state: MonitorState, names: Names, every: int) -> list[Finding]:
     ]
 
 
+def _first(bad: np.ndarray, names: Names) -> str:
+    """Name of the first bad leaf; weights in the order of execution come first."""
+    order = [*names.weights, *range(len(names.leaves))]
+    return next(names.leaves[leaf][0] for leaf in order if bad[leaf])
+
+
 def _rose_before(state: MonitorState) -> bool:
     """Tells whether the loss rose until it was no number any more."""
     begun, bad = int(state.spike.step), int(state.nonfinite.step)
@@ -168,16 +217,23 @@ def _counted(kind: str, bad: list[str], leaves: list[str]) -> list[str]:
 def _advice(state: MonitorState, names: Names, rows: list[str]) -> str:
     bad = state.nonfinite
     if _rose_before(state):
-        return (
-            "Lower the learning rate, and look at what it did before step"
-            f" {state.spike.step}."
-        )
+        return _LOWER.format(state.spike.step)
     if not bad.loss and not bad.gradients.any():
         return "Look into the optimizer: finite gradients became other updates."
     if not _usual_ratio(state, names) <= RATIO_LIMIT:
         return "Divide the learning rate by 10: updates are as large as weights."
+    if bad.parameters.any() and bad.step > 0:
+        return (
+            f"Look at step {bad.step - 1}: its update left parameters that are not"
+            " finite, though its loss was."
+        )
+    if bad.parameters.any():
+        return "Look at how the parameters were drawn or loaded."
     if not bad.watched:
-        return "Watch every step (every=1) from a little before it, to see where."
+        return (
+            f"Look for NaN, infinite or huge values in the batch of step {bad.step};"
+            " watch every step (every=1) to see from which layer on."
+        )
     if not bad.parameters.any() and rows and rows[0] == names.rows[0][0]:
         return (
             f"Look for NaN, infinite or huge inputs in the batch of step {bad.step}:"
@@ -227,6 +283,45 @@ def _dead_units(
                 )
             )
     return findings
+
+
+def _overfitting(state: MonitorState) -> list[Finding]:
+    seen = state.validation
+    still_falls = float(state.loss_average) < float(seen.training)
+    if seen.num_evaluations and not np.isfinite(seen.loss) and np.isfinite(state.loss):
+        return [
+            Finding(
+                "results/nonfinite",
+                2,
+                "warning",
+                "validation data",
+                float(seen.loss),
+                0.0,
+                f"The validation loss was {number(float(seen.loss))} after step"
+                f" {seen.step}, while that of training was finite.",
+                "Look for NaN, infinite or huge values in the validation data.",
+            )
+        ]
+    if seen.length < RISE_LENGTH or not still_falls:
+        return []
+    lowest, last = float(seen.lowest), float(seen.loss)
+    return [
+        Finding(
+            "regularization/overfitting",
+            4,
+            "warning",
+            "network",
+            last / lowest if lowest > 0 else last - lowest,
+            RISE_LIMIT,
+            f"The validation loss fell to {number(lowest)} at step {seen.lowest_step}"
+            f" and rose again to {number(last)} at step {seen.step}, while the average"
+            f" training loss went on from {number(float(seen.training))} to"
+            f" {number(float(state.loss_average))}: the network learns examples by"
+            " heart.",
+            f"Keep the parameters of step {seen.lowest_step}; get more data, or make"
+            " more by augmentation; add dropout of 0.1 to 0.25 or weight decay.",
+        )
+    ]
 
 
 def _vanishing(state: MonitorState, names: Names) -> list[Finding]:

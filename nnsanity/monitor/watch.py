@@ -6,35 +6,37 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
 
-from nnsanity._tree import in_float32, inexact_leaves
+from nnsanity._tree import inexact_leaves
 from nnsanity._types import Array, LossFn, Params, PyTree
 from nnsanity.findings import Finding
+from nnsanity.monitor.looks import (
+    Look,
+    Trees,
+    over_microbatches,
+    placed_like,
+    with_look,
+)
+from nnsanity.monitor.losses import seen_late, with_loss, with_validation
+from nnsanity.monitor.merging import merged
+from nnsanity.monitor.metrics import metrics_of
 from nnsanity.monitor.state import (
     MonitorState,
     Names,
-    Spike,
     blank_state,
+    check_scalar,
     check_step,
     names_of_network,
 )
-from nnsanity.monitor.verdicts import GROWTH_LIMIT, SPIKE_LENGTH, judge_monitor
+from nnsanity.monitor.verdicts import judge_monitor
+from nnsanity.monitor.wrapping import wrapped
 from nnsanity.signals import Signals
-from nnsanity.units import dead_fraction
+from nnsanity.tracing.compat import varies
 
 WINDOW = 100
 """Watched steps without activity after which a unit counts as dead: 3,200 examples at a
 batch of 32, where checks.md asks for 256."""
-SPIKE_SPREADS = 6.0
-SPIKE_SHARE = 0.1
-"""A loss is high above its average by 6 spreads and a tenth of what the run has gained.
-Starting values."""
-SETTLED = 20
-"""Steps before the spread is known well enough to judge by."""
-LOSS_RATE = 0.02
-LEAF_RATE = 0.01
-"""Weight of the newest value in the averages of the loss, and of the leaves."""
 
 
 class Monitor(NamedTuple):
@@ -44,38 +46,64 @@ class Monitor(NamedTuple):
         init: ``init(loss_fn, params, batch) -> state``, from shapes alone.
         due: ``due(state) -> bool[]``, whether to watch this step.
         update: ``update(state, loss=, signals=, grads=, updates=, params=) -> state``;
-            ``params`` are those that the updates are added to.
+            ``params`` are those that the updates are added to, ``updates`` may be a
+            function without arguments that makes them where they are looked at,
+            ``signals`` may have a leading axis of microbatches.  Where it is known:
+            ``microbatch_norms``, [k], global norms of the gradients whose mean
+            ``grads`` is; ``validation_loss``, as in ``validate``; ``axis_name``, the
+            axis of a ``shard_map`` over which the batch is split.
+        validate: ``validate(state, validation_loss) -> state``, whenever the loss on
+            other examples was computed.
+        merge: ``merge(a, b) -> state``, of two hosts or two runs; associative.
         metrics: ``metrics(state) -> dict[str, Array]``, finite float32 scalars; what is
-            not finite is 0, and counted by ``"nonfinite/count"``.
+            not finite is 0, and counted by ``"nonfinite/count"``; what was never given
+            (a validation loss, microbatches) is 0 as well.
         diagnose: ``diagnose(state) -> tuple[Finding, ...]``, on the host.
+        around: ``around(optimizer, loss_fn, batch)``, an optax transformation that
+            watches another, alone or in a chain; its state is a ``MonitoredState``.
+            Call ``tx.update(grads, opt_state, params, value=loss, signals=signals)``.
     """
 
     init: Callable[..., MonitorState]
     due: Callable[[MonitorState], Array | bool]
     update: Callable[..., MonitorState]
+    validate: Callable[[MonitorState, Array], MonitorState]
+    merge: Callable[[MonitorState, MonitorState], MonitorState]
     metrics: Callable[[MonitorState], dict[str, Array]]
     diagnose: Callable[[MonitorState], tuple[Finding, ...]]
+    around: Callable[..., optax.GradientTransformationExtraArgs]
 
 
-def monitor(*, every: int = 1, window: int = WINDOW) -> Monitor:
+def monitor(
+    *, every: int = 1, window: int = WINDOW, clip_norm: float | None = None
+) -> Monitor:
     """Watches a training from inside of its jitted step.
 
     Everything but the loss is looked at in every ``every``-th step, behind a branch of
     the compiled program; ``vmap`` turns the branch into a choice, so that there every
-    step pays.  A watched step costs one read of gradients, updates and parameters.  A
-    monitor knows the names of the network that it was last initialized for: take one
-    for each network.
+    step pays.  Gradients, updates and parameters are looked at, whatever ``every`` is,
+    in the first step whose loss is not finite.  A watched step costs one read of
+    gradients, updates and parameters.  Updates that are handed over are written to
+    memory in every step, where a plain step adds them as it makes them; ``around``
+    makes them a second time in the steps that are looked at instead, if ``every`` is
+    above 1.
+
+    A monitor knows the names of the network that it was last initialized for: take one
+    for each network.  In a new process call ``init`` first, then restore the state from
+    its checkpoint into the one that ``init`` made.
 
     Args:
         every: steps from one look to the next; 1 looks at each.
         window: looks without activity after which a unit counts as dead.
+        clip_norm: the global norm at which the optimizer clips gradients, if it does;
+            ``metrics`` then says in which share of the steps.
 
     Returns:
         ``Monitor``, a NamedTuple of functions.
 
     Raises:
-        TypeError: if a number is not an integer.
-        ValueError: if a number is less than 1.
+        TypeError: if ``every`` or ``window`` is not an integer.
+        ValueError: if one of them is less than 1, or ``clip_norm`` not above 0.
 
     Example:
         >>> loss_fn = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
@@ -92,44 +120,27 @@ def monitor(*, every: int = 1, window: int = WINDOW) -> Monitor:
 
     References:
         A. Karpathy (2019), "A Recipe for Training Neural Networks"; D. Holden, "My
-        neural network isn't working!", items 2, 6 and 8.
+        neural network isn't working!", items 2, 4, 6 and 8; McCandlish et al. (2018),
+        "An empirical model of large-batch training", appendix A.1.
     """
     for option, value in (("every", every), ("window", window)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"monitor: {option} must be an integer, got {value!r}")
         if value < 1:
             raise ValueError(f"monitor: {option} must be at least 1, got {value}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"monitor: clip_norm must be above 0, got {clip_norm}")
     known: list[Names] = []
 
-    def names_of(state: Any, function: str) -> Names:
-        if not isinstance(state, MonitorState):
-            raise TypeError(
-                f"{function}: state must be what monitor.init returns, got"
-                f" {type(state).__name__}"
-            )
-        if not known:
-            raise ValueError(
-                f"{function}: this monitor knows no names yet: call monitor.init first,"
-                " also where the state comes from a checkpoint"
-            )
-        wanted = jax.tree.map(
-            jnp.shape,
-            jax.eval_shape(functools.partial(blank_state, known[0], every=every)),
-        )
-        if (got := jax.tree.map(jnp.shape, state)) != wanted:
-            raise ValueError(
-                f"{function}: state has shapes {got}, monitor.init made {wanted}; is it"
-                " of another network, or of several seeds? Then use jax.vmap, or one"
-                " seed at a time"
-            )
-        return known[0]
+    def names_of(function: str, *states: Any) -> Names:
+        return _known_names(function, known, states, every=every)
 
     def init(loss_fn: LossFn, params: Params, *rest: PyTree) -> MonitorState:
         known[:] = [names_of_network(loss_fn, params, *rest)]
         return blank_state(known[0], every=every)
 
     def due(state: MonitorState) -> Array | bool:
-        names_of(state, "monitor.due")
+        names_of("monitor.due", state)
         return True if every == 1 else state.step % every == 0
 
     def update(
@@ -138,242 +149,124 @@ def monitor(*, every: int = 1, window: int = WINDOW) -> Monitor:
         loss: Array,
         signals: Signals,
         grads: PyTree,
-        updates: PyTree,
+        updates: PyTree | Callable[[], PyTree],
         params: Params,
+        microbatch_norms: Array | None = None,
+        validation_loss: Array | None = None,
+        axis_name: str | None = None,
     ) -> MonitorState:
-        names = names_of(state, "monitor.update")
-        trees = {"grads": grads, "updates": updates, "params": params}
-        check_step(names, loss, signals, trees)
-        return _updated(state, names, every, loss, signals, trees)
+        names = names_of("monitor.update", state)
+        if isinstance(signals, Signals) and jnp.ndim(signals.watched) == 1:
+            signals = over_microbatches(signals)
+        given = jax.eval_shape(updates) if callable(updates) else updates
+        trees = {"grads": grads, "updates": given, "params": params}
+        check_step(names, loss, signals, trees, is_part=axis_name is not None)
+        if microbatch_norms is not None:
+            _check_norms(microbatch_norms)
+        before, loss = state, jnp.asarray(loss).astype(jnp.float32)
+        is_local = axis_name is not None and _is_local(loss, axis_name, trees)
+        look = Look(names, clip_norm, axis_name, is_local=is_local)
+        loss = loss if axis_name is None else jax.lax.pmean(loss, axis_name)
+        state = with_loss(state, loss, every)
+        is_due = signals.watched & (state.step % every == 0)
+        leaves = Trees(
+            inexact_leaves(grads), _leaves_of(updates), inexact_leaves(params)
+        )
+        state = with_look(look, state, is_due, signals, microbatch_norms, leaves)
+        if every > 1:
+            state = state._replace(spike=seen_late(state, is_due, every))
+        if validation_loss is not None:
+            state = validate(state, validation_loss)
+        state = state._replace(step=state.step + 1)
+        return jax.tree.map(placed_like, state, before)
+
+    def validate(state: MonitorState, validation_loss: Array) -> MonitorState:
+        names_of("monitor.validate", state)
+        check_scalar("monitor.validate", "validation_loss", validation_loss)
+        after = with_validation(state, jnp.asarray(validation_loss))
+        return jax.tree.map(placed_like, after, state)
+
+    def merge(a: MonitorState, b: MonitorState) -> MonitorState:
+        names_of("monitor.merge", a, b)
+        return merged(a, b)
 
     def metrics(state: MonitorState) -> dict[str, Array]:
-        names = names_of(state, "monitor.metrics")
-        return _metrics(state, names, window * every)
+        names = names_of("monitor.metrics", state)
+        is_clipped = clip_norm is not None
+        return metrics_of(state, names, patience=window * every, is_clipped=is_clipped)
 
     def diagnose(state: MonitorState) -> tuple[Finding, ...]:
-        names = names_of(state, "monitor.diagnose")
+        names = names_of("monitor.diagnose", state)
         return judge_monitor(jax.device_get(state), names, every=every, window=window)
 
-    return Monitor(init, due, update, metrics, diagnose)
+    def around(
+        optimizer: optax.GradientTransformation, loss_fn: LossFn, *rest: PyTree
+    ) -> optax.GradientTransformationExtraArgs:
+        def init_for(params: Params) -> MonitorState:
+            return init(loss_fn, params, *rest)
+
+        return wrapped(optimizer, init_for, update, is_repeated=every > 1)
+
+    return Monitor(init, due, update, validate, merge, metrics, diagnose, around)
 
 
-def _updated(
-    state: MonitorState,
-    names: Names,
-    every: int,
-    loss: Array,
-    signals: Signals,
-    trees: dict[str, PyTree],
-) -> MonitorState:
-    before = state
-    state = _with_loss(state, jnp.asarray(loss).astype(jnp.float32), every)
-    watched = signals.watched & (state.step % every == 0)
-    leaves = tuple(inexact_leaves(tree) for tree in trees.values())
-    look = functools.partial(_looked_at, names)
-    state = jax.lax.cond(
-        watched, look, lambda state, *_: state, state, signals, *leaves
-    )
-    if every > 1:
-        state = state._replace(spike=_seen_late(state, watched, every))
-    state = state._replace(step=state.step + 1)
-    return jax.tree.map(_placed_like, state, before)
-
-
-def _with_loss(state: MonitorState, loss: Array, every: int) -> MonitorState:
-    """Looks at the loss, which costs nothing."""
-    is_first = state.step == 0
-    is_finite = jnp.isfinite(loss)
-    start = jnp.where(is_first, loss, state.loss_start)
-    average = jnp.where(is_first, loss, state.loss_average)
-    # A first loss that is not finite would stay in every average.
-    start, average = jnp.nan_to_num(start), jnp.nan_to_num(average)
-    margin = jnp.maximum(start - state.lowest_average, 0) * SPIKE_SHARE
-    limit = average + SPIKE_SPREADS * state.loss_spread + margin
-    is_settled = state.step >= SETTLED
-    is_high = ~(loss <= limit) & is_settled
-    # The early average still falls, and its spread is not known: nothing is clipped.
-    clipped = jnp.where(is_settled, jnp.minimum(loss, limit), loss)
-    distance = jnp.where(is_finite, clipped - average, 0)
-    rate = jnp.where(is_finite, _rate(state.step, LOSS_RATE), 0)
-    average = average + rate * distance
-    # Of the size of the larger, so that no square leaves float32.
-    spread = jnp.hypot(
-        jnp.sqrt(1 - rate) * state.loss_spread, jnp.sqrt(rate) * distance
-    )
-    is_lowest = is_first | (average < state.lowest_average)
-    bad = state.nonfinite
-    is_new = ~is_finite & (bad.step < 0)
-    bad = bad._replace(
-        step=jnp.where(is_new, state.step, bad.step), loss=bad.loss | is_new
-    )
-    return state._replace(
-        loss=loss,
-        loss_start=start,
-        loss_average=average,
-        loss_spread=spread,
-        lowest_average=jnp.where(is_lowest, average, state.lowest_average),
-        lowest_step=jnp.where(is_lowest, state.step, state.lowest_step),
-        spike=_spike(state, is_high, limit, every),
-        nonfinite=bad,
-    )
-
-
-def _spike(state: MonitorState, is_high: Array, limit: Array, every: int) -> Spike:
-    """Goes on with a rise; one that updates announced stays when it is over."""
-    spike = state.spike
-    leaf = jnp.argmax(state.update_growth) if state.update_growth.size else 0
-    growth = jnp.max(state.update_growth, initial=0)
-    none = Spike(
-        jnp.int32(-1), jnp.int32(0), *(jnp.zeros_like(one) for one in spike[2:])
-    )
-    begun = Spike(state.step, jnp.int32(0), limit, jnp.asarray(leaf, jnp.int32), growth)
-    # Until the next look nobody knows how large the updates were.
-    is_open = state.step - spike.step < every
-    is_announced = (spike.growth > GROWTH_LIMIT) | is_open
-    is_kept = (spike.length >= SPIKE_LENGTH) & is_announced
-    begins = is_high & (spike.step < 0)
-    spike = _chosen(begins, begun, _chosen(is_high | is_kept, spike, none))
-    # What is kept goes no further once the loss has been back.
-    goes_on = is_high & (spike.step + spike.length == state.step)
-    return spike._replace(length=spike.length + goes_on.astype(jnp.int32))
-
-
-def _seen_late(state: MonitorState, watched: Array, every: int) -> Spike:
-    """The first look after a spike began shows what the one before it could not."""
-    spike = state.spike
-    since = state.step - spike.step
-    largest = jnp.max(state.update_growth, initial=0)
-    is_late = watched & (spike.step >= 0) & (since > 0) & (since < every)
-    is_larger = is_late & (largest > spike.growth)
-    if not state.update_growth.size:
-        return spike
-    leaf = jnp.argmax(state.update_growth).astype(jnp.int32)
-    return _chosen(is_larger, spike._replace(leaf=leaf, growth=largest), spike)
-
-
-def _looked_at(
-    names: Names, state: MonitorState, signals: Signals, *trees: list[Array]
-) -> MonitorState:
-    """Reads gradients, updates and parameters once each."""
-    gradient, update, parameter = (_norms(leaves) for leaves in trees)
-    rate = _rate(state.num_watched, LEAF_RATE)
-    known = state.update_average > 0
-    growth = update / jnp.where(known, state.update_average, 1)
-    ratio = update / jnp.where(parameter > 0, parameter, 1)
-    has_ratio = jnp.isfinite(ratio) & (parameter > 0)
-    activation = _rows(names, signals.activation_rms)
-    came_back = _rows(names, signals.activation_gradient_rms)
-    bad = state.nonfinite
-    now = bad._replace(
-        step=state.step,
-        watched=jnp.full_like(bad.watched, fill_value=True),
-        gradients=~jnp.isfinite(gradient),
-        updates=~jnp.isfinite(update),
-        parameters=~jnp.isfinite(parameter),
-        activations=~jnp.isfinite(activation) & jnp.isfinite(state.activation_rms),
-    )
-    is_bad = now.loss | jnp.any(now.gradients) | jnp.any(now.updates)
-    is_first = (bad.step < 0) | (bad.step == state.step)
-    is_finite = jnp.isfinite(state.loss)
-    after = state._replace(
-        num_watched=state.num_watched + 1,
-        watched_step=jnp.where(is_finite, state.step, state.watched_step),
-        nonfinite=_chosen(is_bad & is_first, now, bad),
-        gradient_norm=gradient,
-        update_norm=update,
-        parameter_norm=parameter,
-        update_average=_averaged(state.update_average, update, rate),
-        update_growth=jnp.where(known & jnp.isfinite(update), growth, 1),
-        update_ratio=jnp.where(
-            has_ratio,
-            _averaged(state.update_ratio, ratio, rate),
-            state.update_ratio,
-        ),
-        activation_rms=activation,
-        activation_gradient_rms=came_back,
-        last_active={
-            # NaN is no activity, nor its absence.
-            name: jnp.where(signals.dead[name] | ~is_finite, last, state.step)
-            for name, last in state.last_active.items()
-        },
-    )
-    return jax.tree.map(_placed_like, after, state)
-
-
-def _norms(leaves: list[Array]) -> Array:
-    """Returns float32[leaves]; a sharded leaf is summed where it is."""
-    if not leaves:
-        return jnp.zeros(0, jnp.float32)
-    values = [in_float32(leaf) for leaf in leaves]
-    squares = [jnp.sum(jnp.real(v * jnp.conj(v))).astype(jnp.float32) for v in values]
-    return jnp.sqrt(jnp.stack(squares))
-
-
-def _rows(names: Names, values: dict[str, Array]) -> Array:
-    """Joins values by layer in the order of execution; 0 for those that have none."""
-    groups = [
-        jnp.stack(
-            [values.get(name, jnp.zeros(names.stacks[name])) for name in group], axis=-1
+def _known_names(
+    function: str, known: list[Names], states: tuple, *, every: int
+) -> Names:
+    """Returns the names, if the states are of their network."""
+    for state in states:
+        if not isinstance(state, MonitorState):
+            raise TypeError(
+                f"{function}: state must be what monitor.init returns, got"
+                f" {type(state).__name__}"
+            )
+    if not known:
+        raise ValueError(
+            f"{function}: this monitor knows no names yet: call monitor.init first,"
+            " also where the state comes from a checkpoint"
         )
-        for group in names.groups
-    ]
-    flat = [group.reshape(-1).astype(jnp.float32) for group in groups]
-    return jnp.concatenate([jnp.zeros(0, jnp.float32), *flat])
+    wanted = jax.tree.map(
+        jnp.shape,
+        jax.eval_shape(functools.partial(blank_state, known[0], every=every)),
+    )
+    for state in states:
+        if (got := jax.tree.map(jnp.shape, state)) != wanted:
+            raise ValueError(
+                f"{function}: state has shapes {got}, monitor.init made {wanted}; is it"
+                " of another network, or of several seeds? Then use jax.vmap, or one"
+                " seed at a time"
+            )
+    return known[0]
 
 
-def _rate(count: Array, smallest: float) -> Array:
-    """Weight of the newest value: a plain mean first, that forgets later."""
-    return jnp.maximum(1 / (count + 1).astype(jnp.float32), smallest)
+def _leaves_of(updates: Any) -> Any:
+    if callable(updates):
+        return lambda: inexact_leaves(updates())
+    return inexact_leaves(updates)
 
 
-def _averaged(average: Array, value: Array, rate: Array) -> Array:
-    return jnp.where(jnp.isfinite(value), average + rate * (value - average), average)
+def _check_norms(norms: Any) -> None:
+    shape = jnp.shape(norms)
+    if len(shape) != 1 or shape[0] < 2:
+        raise ValueError(
+            "monitor.update: microbatch_norms must be the global norms of at least 2"
+            f" microbatch gradients, [k], got shape {shape}; take optax.tree.norm of"
+            " each"
+        )
 
 
-def _chosen(flag: Array, chosen: Any, other: Any) -> Any:
-    return jax.tree.map(lambda one, two: jnp.where(flag, one, two), chosen, other)
+def _is_local(loss: Array, axis_name: str, trees: dict[str, PyTree]) -> bool:
+    """Tells whether the loss is that of a device's own examples.
 
-
-def _placed_like(value: Array, before: Array) -> Array:
-    """Keeps dtype and, on a mesh of explicit axes, the sharding."""
-    value = value.astype(before.dtype)
-    wanted = jax.typeof(before).sharding
-    if jax.typeof(value).sharding == wanted or wanted.mesh.empty:
-        return value
-    return jax.sharding.reshard(value, wanted)
-
-
-def _metrics(state: MonitorState, names: Names, patience: int) -> dict[str, Array]:
-    values = {
-        "step": state.step,
-        "loss/last": state.loss,
-        "loss/average": state.loss_average,
-        "loss/spread": state.loss_spread,
-        "loss/lowest-average": state.lowest_average,
-        "loss/spike-step": state.spike.step,
-        "nonfinite/step": state.nonfinite.step,
-    }
-    for index, (leaf, _) in enumerate(names.leaves):
-        values[f"gradients/{leaf}/norm"] = state.gradient_norm[index]
-        values[f"updates/{leaf}/norm"] = state.update_norm[index]
-        values[f"updates/{leaf}/ratio"] = state.update_ratio[index]
-        values[f"parameters/{leaf}/norm"] = state.parameter_norm[index]
-    for index, (row, layer) in enumerate(names.rows):
-        values[f"activations/{row}/rms"] = state.activation_rms[index]
-        if layer not in names.without_gradient:
-            back = state.activation_gradient_rms[index]
-            values[f"activations/{row}/gradient-rms"] = back
-    for layer, last in state.last_active.items():
-        fraction = dead_fraction(state.watched_step - last >= patience)
-        for place in np.ndindex(fraction.shape):
-            row = layer + "".join(f"[{index}]" for index in place)
-            values[f"activations/{row}/dead"] = fraction[place]
-    values = {name: value.astype(jnp.float32) for name, value in values.items()}
-    flags = [jnp.isfinite(value) for value in values.values()]
-    zero = jnp.float32(0)
-    shown = {
-        name: jnp.where(flag, value, zero)
-        for flag, (name, value) in zip(flags, values.items(), strict=True)
-    }
-    count = sum((~flag).astype(jnp.float32) for flag in flags)
-    return {**shown, "nonfinite/count": jnp.asarray(count)}
+    Without the types of ``check_vma`` nothing says so; then it is taken as that.
+    """
+    for grad, param in zip(
+        *(inexact_leaves(trees[name]) for name in ("grads", "params")), strict=True
+    ):
+        if varies(grad, axis_name) and not varies(param, axis_name):
+            raise ValueError(
+                f"monitor.update: grads differ along {axis_name!r} where params do not;"
+                " average them first: jax.lax.pmean(grads, axis_name)"
+            )
+    is_told = varies(jax.lax.axis_index(axis_name), axis_name)
+    return varies(loss, axis_name) or not is_told

@@ -152,6 +152,14 @@ def zeros_of(shapes: Any) -> Any:
     return jax.tree.map(zeros, shapes)
 
 
+def varies(value: Any, axis_name: str) -> bool:
+    """Tells whether a value differs along an axis of a shard_map that keeps types."""
+    kind = jax.typeof(value)
+    if hasattr(kind, "vma"):  # up to JAX 0.9
+        return axis_name in kind.vma
+    return axis_name in kind.manual_axis_type.varying
+
+
 def is_literal(atom: Atom) -> bool:
     """Tells a literal from a variable."""
     return hasattr(atom, "val")

@@ -87,6 +87,7 @@ def test_outliers_are_named():
     assert found.measured > 0.9
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_missed():
     split = (INPUTS[:192], TARGETS[:192])
     report = ns.checkup(

@@ -87,6 +87,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_sharpness_against_the_dense_hessian(name):
     apply_fn, params = NETWORKS[name]

@@ -81,7 +81,7 @@ def table(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wine", "breast_cancer", "diabetes"])
+@pytest.mark.parametrize("name", ["wine", "diabetes"])
 def test_raw_tables_that_hurt(name):
     report = checkup(*table(name), num_steps=300)
     assert loud(report)[0] in (
@@ -170,14 +170,11 @@ def test_an_hour_of_the_day():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["numbers", "classes"])
-def test_a_column_of_codes(kind):
+def test_a_column_of_codes():
     codes = RNG.integers(0, 30, 800)
     inputs = scaled(np.column_stack([RNG.normal(size=(800, 2)), codes]))
     effects = RNG.normal(size=30)[codes] + 0.2 * inputs[:, 0]
-    targets = effects[:, None].astype(np.float32)
-    if kind == "classes":
-        targets = np.digitize(effects, np.quantile(effects, [1 / 3, 2 / 3]))
+    targets = np.digitize(effects, np.quantile(effects, [1 / 3, 2 / 3]))
     report = checkup(inputs, targets)
     assert loud(report)[0] == "preprocessing/categorical-code"
     assert report.findings[0].where == "inputs, feature 2"

@@ -6,6 +6,7 @@ so that a busy machine slows all alike.  Medians of the ratios to the bare step 
 same turn; the step again shows the noise.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import networks
 import optax
 
 import nnsanity as ns
+from nnsanity.inside import look_inside
 
 TURNS = 60
 
@@ -96,6 +98,23 @@ def of_watching(name, case):
         print(f"{step.peak / plain.peak:6.3f}", flush=True)
 
 
+def of_looking_inside(name, case):
+    """Everything of items 8 to 11 in units of ``jax.value_and_grad``."""
+    look = functools.partial(look_inside, case.apply_fn, case.loss_fn)
+    plain = compiled(jax.value_and_grad(case.loss_fn), case)
+    again = compiled(jax.value_and_grad(case.loss_fn), case)
+    inside = compiled(look, case)
+    arguments = case.params, case.batch
+    calls = {"jax again": again, "items 8 to 11": inside}
+    timed = {one: (step.run, *arguments) for one, step in calls.items()}
+    found = ratios((plain.run, *arguments), timed)
+    print(f"{name}, in units of jax.value_and_grad: run, compile time, peak memory")
+    for one, step in calls.items():
+        compile_time = step.compile_time / plain.compile_time
+        print(f"  {one:12} {found[one]:6.3f} {compile_time:6.2f}", end=" ")
+        print(f"{step.peak / plain.peak:6.3f}", flush=True)
+
+
 class Compiled(NamedTuple):
     """A compiled step, and what it took to compile and takes to run."""
 
@@ -125,6 +144,7 @@ def main():
     of_single_functions()
     for name, make in networks.CASES.items():
         of_watching(name, make())
+        of_looking_inside(name, make())
 
 
 if __name__ == "__main__":

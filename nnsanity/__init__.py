@@ -1,14 +1,8 @@
 """nnsanity: finds out why a neural network does not train, in any JAX code."""
 
 from nnsanity._tree import leaf_names
+from nnsanity.checks.depth import DepthProfile, depth_profile
 from nnsanity.checks.final_activation import Reachable, reachable
-from nnsanity.checks.gradients import (
-    DeadUnits,
-    GradientStats,
-    dead_units,
-    gradient_stats,
-)
-from nnsanity.checks.initialization import WeightStats, weight_stats
 from nnsanity.checks.learning_rate import (
     OutlierExamples,
     outlier_examples,
@@ -21,16 +15,20 @@ from nnsanity.checks.regularization import (
     penalty_pull,
     weight_decay,
 )
+from nnsanity.checks.width import WidthProfile, width_profile
 from nnsanity.checkup import checkup
+from nnsanity.clipped import BlockedShare, blocked_share
 from nnsanity.clipping import Clipping, clipping
 from nnsanity.columns import Wraparound, wraparound
 from nnsanity.curvature import Sharpness, sharpness
+from nnsanity.dead import DeadUnits, dead_units, merge_dead_units
 from nnsanity.dependence import (
     ExampleIndependence,
     InputDependence,
     example_independence,
     input_dependence,
 )
+from nnsanity.dormant import DormantUnits, dormant_units, merge_dormant_units
 from nnsanity.errors import (
     ConstantBaseline,
     WorstExamples,
@@ -39,6 +37,7 @@ from nnsanity.errors import (
 )
 from nnsanity.example_norms import example_gradient_norms
 from nnsanity.findings import DiagnosisError, Finding
+from nnsanity.gradient_sizes import GradientStats, gradient_stats
 from nnsanity.lint import lint
 from nnsanity.moments import (
     Moments,
@@ -75,12 +74,18 @@ from nnsanity.representation import (
     invariance,
     roundtrip_error,
 )
+from nnsanity.saturated import (
+    SaturatedUnits,
+    merge_saturated_units,
+    saturated_units,
+)
 from nnsanity.scales import (
     Normalization,
     TargetScale,
     normalization,
     target_scale,
 )
+from nnsanity.signal_gain import SignalGain, signal_gain, unit_gradients
 from nnsanity.signals import Signals, activations, value_and_grad
 from nnsanity.tracing.averaged import averaged_terms
 from nnsanity.tracing.bounds import Bounds, output_bounds
@@ -88,17 +93,21 @@ from nnsanity.tracing.layers import Layer, Uninspected, layers
 from nnsanity.tracing.noise import Dropout, dropout_rates
 from nnsanity.tracing.nonfinite import Birth, FirstNonfinite, Places, first_nonfinite
 from nnsanity.training_noise import LossNoise, noise
+from nnsanity.weight_sizes import WeightStats, weight_stats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Birth",
+    "BlockedShare",
     "Bounds",
     "Clipping",
     "ConstantBaseline",
     "Continuity",
     "DeadUnits",
+    "DepthProfile",
     "DiagnosisError",
+    "DormantUnits",
     "Dropout",
     "Duplicates",
     "ExampleIndependence",
@@ -126,23 +135,29 @@ __all__ = [
     "Reachable",
     "Report",
     "RoundtripError",
+    "SaturatedUnits",
     "Sharpness",
+    "SignalGain",
     "Signals",
     "TargetScale",
     "Uninspected",
     "WeightStats",
+    "WidthProfile",
     "WorstExamples",
     "Wraparound",
     "activations",
     "add_noise",
     "averaged_noise",
     "averaged_terms",
+    "blocked_share",
     "checkup",
     "clipping",
     "constant_baseline",
     "continuity",
     "dead_units",
     "denormalize",
+    "depth_profile",
+    "dormant_units",
     "dropout_rates",
     "duplicates",
     "example_gradient_norms",
@@ -161,7 +176,10 @@ __all__ = [
     "lint",
     "lr_range",
     "lr_sweep",
+    "merge_dead_units",
+    "merge_dormant_units",
     "merge_moments",
+    "merge_saturated_units",
     "monitor",
     "noise",
     "noise_average",
@@ -174,13 +192,17 @@ __all__ = [
     "penalty_pull",
     "reachable",
     "roundtrip_error",
+    "saturated_units",
     "sharpness",
+    "signal_gain",
     "target_scale",
+    "unit_gradients",
     "update_ratios",
     "value_and_grad",
     "value_and_grad_with_noise",
     "weight_decay",
     "weight_stats",
+    "width_profile",
     "worst_examples",
     "wraparound",
     "z_scores",

@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import optax
 
-from nnsanity._tree import finite_leaves, inexact_leaves, num_examples
+from nnsanity._tree import finite_leaves, inexact_leaves
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree, TrainLossFn
 from nnsanity.births import with_births
 from nnsanity.checks import (
     final_activation,
-    gradients,
     initialization,
     learning_rate,
     results,
@@ -19,6 +18,7 @@ from nnsanity.checks import (
 from nnsanity.data import examine_data, judge_rounding
 from nnsanity.dynamics import measure_dynamics
 from nnsanity.findings import CONSEQUENCES, Finding, listed
+from nnsanity.inside import judge_network, measure_network
 from nnsanity.interventions import Diagnosis, intervene, train_original, untouched
 from nnsanity.invariances import judge_invariances, named_transforms
 from nnsanity.levels import FAILED, LEARNED, unit_of
@@ -26,7 +26,6 @@ from nnsanity.lint import lint
 from nnsanity.measure import (
     constant_loss,
     data_loss,
-    measure_network,
     some_examples,
     training_noise,
     wants_other_units,
@@ -50,10 +49,6 @@ LIMITED = frozenset(
     }
 )
 """Rules whose limit the user can set."""
-
-NOT_YET = {
-    "width": "item 11 is not built yet",
-}
 
 
 def checkup(
@@ -157,7 +152,6 @@ def checkup(
     book = _Book(dict(limits or {}))
     if wants_other_units(problem, some_examples(problem)):
         problem = problem._replace(kind=None)
-    book.skipped |= NOT_YET
     book.findings += judge_rounding(data)
     tell("reading the program")
     _read(problem, book)
@@ -248,22 +242,11 @@ def _measure_network(problem: Problem, book: _Book) -> None:
     book.findings += dynamics.findings
     book.measurements |= dynamics.measurements
     book.skipped |= dynamics.skipped
-    book.findings += initialization.judge_finite(problem.params)
     limit = book.limits.get("results/start-loss", results.START_LIMIT)
     start = data_loss(problem, problem.params, batch)
     begin = len(book.findings)
     book.findings += results.judge_start(start, constant, limit)
-    by_layer = {one.layer.name: one.weight for one in problem.network.layers}
-    book.findings += gradients.judge_gradients(
-        measured.gradients, problem.params, by_layer, limits=book.limits
-    )
-    book.findings += gradients.judge_dead_units(
-        measured.dead_units, num_examples(batch[0]), limits=book.limits
-    )
-    worst = initialization.worst_scale(measured.weights, problem.network)
-    book.findings += initialization.judge_scale(
-        worst, num_layers=len(problem.network.layers), limits=book.limits
-    )
+    book.findings += judge_network(problem, measured, batch, limits=book.limits)
     book.findings[begin:] = with_births(
         problem.loss_fn, problem.params, batch, findings=book.findings[begin:]
     )

@@ -5,6 +5,7 @@ trains any of them: plain, with standardized inputs, at another rate, with fresh
 weights, without its last activation.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -123,11 +124,13 @@ def _replacements(problem: Problem, copy: Copy) -> dict[str, Replacement]:
     """Says what a copy puts in the place of each layer's output."""
     head = None if problem.head is None else problem.head.layer.name
     found = {}
+    num_layers = sum(math.prod(one.layer.stack) for one in problem.network.layers)
+    branch_scale = 1 / math.sqrt(max(num_layers, 1))
     for one in problem.network.layers:
         if one.layer.name == head:
             found[one.layer.name] = _head(problem, copy)
         elif one.activation is not None:
-            found[one.layer.name] = _hidden(copy)
+            found[one.layer.name] = _hidden(copy, branch_scale)
     return found
 
 
@@ -145,21 +148,32 @@ def _head(problem: Problem, copy: Copy) -> Replacement:
     )
 
 
-def _hidden(copy: Copy) -> Replacement:
+def _hidden(copy: Copy, branch_scale: float) -> Replacement:
+    """Another nonlinearity, or a skip around a layer.
+
+    What the layers add to a skip is scaled down, so that its variance grows no more
+    than e-fold over the whole network.
+    """
+
     def combine(values: LayerValues) -> Array:
         leaky = jax.nn.leaky_relu(values.before, LEAK)
         after = jnp.where(copy.leaky, leaky, values.after)
         entering = values.entering
         if entering is None or entering.shape != after.shape:
             return after
-        return jnp.where(copy.skip, after + entering, after)
+        return jnp.where(copy.skip, entering + branch_scale * after, after)
 
     return Replacement(combine, lambda before: jnp.where(copy.leaky, 0, before))
 
 
 def network_of(problem: Problem, copy: Copy) -> Callable:
     """Returns ``apply_fn`` as a copy runs it."""
-    return replaced(problem.apply_fn, problem.network, _replacements(problem, copy))
+    return replaced(
+        problem.apply_fn,
+        problem.network,
+        _replacements(problem, copy),
+        wider=problem.wider,
+    )
 
 
 def quiet_loss_of(problem: Problem, copy: Copy) -> Callable:
@@ -169,6 +183,7 @@ def quiet_loss_of(problem: Problem, copy: Copy) -> Callable:
         problem.network,
         _replacements(problem, copy),
         penalty_scale=copy.penalty_scale,
+        wider=problem.wider,
     )
 
 
@@ -182,6 +197,7 @@ def loss_of(problem: Problem, copy: Copy) -> Callable:
         problem.network,
         _replacements(problem, copy),
         penalty_scale=copy.penalty_scale,
+        wider=problem.wider,
     )
     return lambda params, batch, key: jax.lax.cond(
         copy.noise,

@@ -24,16 +24,16 @@ from nnsanity.arms import (
 )
 from nnsanity.checks import batch_size
 from nnsanity.copies import Copy
-from nnsanity.data_repairs import data_repairs
+from nnsanity.every_repair import every_repair
 from nnsanity.findings import Effect, Finding, caused
 from nnsanity.levels import FAILED, LEARNED, curve_of, last, level_of, unit_of
-from nnsanity.optimizer_repairs import optimizer_repairs
 from nnsanity.problem import Problem
-from nnsanity.repairs import Repair, available_repairs
+from nnsanity.repairs import Repair
 from nnsanity.trial import (
     Outcome,
     Trial,
     prepare,
+    prepare_wide,
     train_copies,
     with_inputs,
 )
@@ -84,6 +84,7 @@ class _Lab(NamedTuple):
     problem: Problem
     trial: Trial
     other_trial: Trial | None
+    wide_trial: Trial | None
     keys: tuple[Array, ...]
     start_loss: float
     progress: Progress
@@ -149,6 +150,7 @@ def intervene(
         problem,
         trial,
         _other_trial(problem, trial, split_key),
+        None,
         _keys(key),
         float(outcomes[0].losses[0]),
         progress,
@@ -159,13 +161,12 @@ def intervene(
         return untouched(problem, trial, outcomes)._replace(skipped={})
     suspected = {finding.rule: finding for finding in reversed(suspicions)}
     repairs = sorted(
-        (
-            *available_repairs(problem),
-            *data_repairs(problem),
-            *optimizer_repairs(problem),
-        ),
+        every_repair(problem),
         key=lambda one: not (one.is_suspected or set(one.rules) & set(suspected)),
     )
+    plans = [one.wider for one in repairs]
+    wide_trial = prepare_wide(problem, trial, split_key, plans)
+    lab = lab._replace(wide_trial=wide_trial)
     tried, left_out = _try_singles(lab, original, repairs)
     singles = _best_of_groups(tried)
     best = max((arm.level for arm in singles), default=original.level)
@@ -235,6 +236,8 @@ def _train(lab: _Lab, repairs: Sequence[Repair], seeds: slice) -> Arm:
     """Trains the program with some repairs, from some of the seeds."""
     sizes = [one.batch_size for one in repairs if one.batch_size is not None]
     trial = lab.other_trial if sizes and lab.other_trial is not None else lab.trial
+    if lab.wide_trial is not None and any(one.wider for one in repairs):
+        trial = lab.wide_trial
     for repair in repairs:
         if repair.inputs is not None:
             trial = with_inputs(trial, repair.inputs)

@@ -9,15 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnsanity import targets
-from nnsanity._tree import in_float32, is_inexact
-from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree
-from nnsanity.checks.gradients import (
-    DeadUnits,
-    GradientStats,
-    dead_units,
-    gradient_stats,
-)
-from nnsanity.checks.initialization import WeightStats, weight_stats
+from nnsanity._tree import in_float32
+from nnsanity._types import Array, Params, PyTree
 from nnsanity.problem import Problem
 from nnsanity.tracing.replace import LayerValues, Replacement, replaced
 
@@ -25,49 +18,9 @@ MAX_MEASURED = 1000
 """Examples that a network is measured on."""
 
 
-class NetworkMeasurements(NamedTuple):
-    """What one batch shows of a network.
-
-    Attributes:
-        loss: float32[].
-        gradients: of the loss by each parameter.
-        dead_units: by layer.
-        weights: by layer.
-    """
-
-    loss: Array
-    gradients: GradientStats
-    dead_units: DeadUnits
-    weights: WeightStats
-
-
 def some_examples(problem: Problem) -> tuple[PyTree, PyTree]:
     """Returns the batch that networks are measured on."""
     return problem.batch(slice(MAX_MEASURED))
-
-
-def measure_network(
-    problem: Problem, batch: tuple[PyTree, PyTree]
-) -> NetworkMeasurements:
-    """Measures a network on one batch; compiled once for a problem.
-
-    Costs one gradient and two forward passes.
-    """
-    return _measure(problem.apply_fn, problem.loss_fn, problem.params, batch)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _measure(
-    apply_fn: ApplyFn, loss_fn: LossFn, params: Params, batch: tuple[PyTree, PyTree]
-) -> NetworkMeasurements:
-    loss, grads = jax.value_and_grad(loss_fn, allow_int=True)(params, batch)
-    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True)
-    return NetworkMeasurements(
-        loss,
-        gradient_stats([grad for leaf, grad in leaves if is_inexact(leaf)]),
-        dead_units(apply_fn, params, batch[0]),
-        weight_stats(apply_fn, params, batch[0]),
-    )
 
 
 class TrainingNoise(NamedTuple):

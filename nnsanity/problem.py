@@ -13,6 +13,7 @@ from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree, TrainLossFn
 from nnsanity.targets import kind_of_targets
 from nnsanity.tracing.layers import Located, Network, inspect
 from nnsanity.tracing.replace import output_layer
+from nnsanity.tracing.widen import Widening
 
 MAX_EXAMPLES = 50_000
 """Most examples that a checkup looks at; it draws them where there are more."""
@@ -37,6 +38,7 @@ class Problem(NamedTuple):
         kind: how targets and outputs belong together, or None.
         tokens: whether integer inputs are look-up indices.
         groups: the group of each input feature, or None.
+        wider: a layer that copies have more units of, or None.
     """
 
     apply_fn: ApplyFn
@@ -54,6 +56,7 @@ class Problem(NamedTuple):
     kind: str | None
     tokens: bool
     groups: tuple[int, ...] | None
+    wider: Widening | None = None
 
     @property
     def size(self) -> int:

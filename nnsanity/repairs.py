@@ -19,12 +19,16 @@ from nnsanity.checks import (
     regularization,
 )
 from nnsanity.copies import HEAD_LEFT_OUT, HEAD_SQUASHED, OFF, ON, Copy
+from nnsanity.drawing import redrawn
 from nnsanity.findings import Finding
 from nnsanity.measure import training_noise
 from nnsanity.moments import Moments, feature_moments, group_moments
 from nnsanity.problem import Problem
 from nnsanity.tracing.layers import inspect
+from nnsanity.tracing.paths import depths
 from nnsanity.tracing.replace import penalties
+from nnsanity.tracing.widen import Widening
+from nnsanity.weight_sizes import weight_stats
 
 Change = Callable[[Copy, Array], Copy]
 
@@ -41,6 +45,8 @@ class Repair(NamedTuple):
         is_suspected: whether it is offered on a suspicion alone.
         batch_size: of the copy's steps, None for the user's own.
         inputs: what to train on in the place of the user's inputs, or None.
+        wider: the layer that the copy has more units of, or None; ``change`` then makes
+            its parameters wide.
     """
 
     name: str
@@ -51,6 +57,7 @@ class Repair(NamedTuple):
     is_suspected: bool = False
     batch_size: int | None = None
     inputs: Array | None = None
+    wider: Widening | None = None
 
 
 def available_repairs(problem: Problem) -> tuple[Repair, ...]:
@@ -146,13 +153,13 @@ def _rate_repair(factor: float) -> Repair:
 
 def _weight_repairs(problem: Problem) -> tuple[Repair, ...]:
     rows = problem.batch(slice(problem.batch_size))[0]
-    stats = initialization.weight_stats(problem.apply_fn, problem.params, rows)
+    stats = weight_stats(problem.apply_fn, problem.params, rows)
     worst = initialization.worst_scale(stats, problem.network)
     if worst is None:
         return ()
 
     def redraw(copy: Copy, key: Array) -> Copy:
-        params = initialization.redrawn(problem.network, copy.params, key)
+        params = redrawn(problem.network, copy.params, key)
         return copy._replace(params=params)
 
     return (
@@ -160,7 +167,14 @@ def _weight_repairs(problem: Problem) -> tuple[Repair, ...]:
             "drawing fresh weights of the usual size",
             "weights",
             redraw,
-            ("initialization/off-scale",),
+            (
+                "initialization/off-scale",
+                "initialization/large-bias",
+                "initialization/signal-grows",
+                "initialization/signal-fades",
+                "gradients/saturated-units",
+                "width/redundant",
+            ),
             initialization.poor_start(worst.layer),
         ),
     )
@@ -218,14 +232,15 @@ def _hidden_repairs(problem: Problem) -> tuple[Repair, ...]:
             gradients.harmful_activation(hidden[0], names),
         )
     ]
-    if len(problem.network.layers) > depth.USUAL_DEPTH:
+    num_layers = depths(problem.network).unskipped
+    if num_layers > depth.USUAL_DEPTH:
         repairs.append(
             Repair(
                 "adding skip connections",
                 "hidden",
                 lambda copy, key: copy._replace(skip=ON),
-                (),
-                depth.too_deep(len(problem.network.layers)),
+                ("depth/too-deep", "depth/collapsed-inputs"),
+                depth.too_deep(num_layers),
             )
         )
     return tuple(repairs)

@@ -11,6 +11,7 @@ from nnsanity._types import Array
 from nnsanity.angles import judge_angles
 from nnsanity.by_heart import judge_by_heart, judge_outputs
 from nnsanity.checks import (
+    gradients,
     initialization,
     learning_rate,
     preprocessing,
@@ -19,12 +20,14 @@ from nnsanity.checks import (
 )
 from nnsanity.errors import constant_baseline
 from nnsanity.findings import Finding
+from nnsanity.inside import measure_network
 from nnsanity.interventions import Diagnosis
 from nnsanity.levels import FAILED, LEARNED
-from nnsanity.measure import data_loss, measure_network, perfect_loss, some_examples
+from nnsanity.measure import data_loss, perfect_loss, some_examples
 from nnsanity.neighbors import Continuity, continuity
 from nnsanity.problem import Problem
 from nnsanity.targets import target_columns
+from nnsanity.tracing.reach import reach
 from nnsanity.trial import Outcome
 
 MIN_NEIGHBORHOOD, MAX_NEIGHBORHOOD = 50, 2000
@@ -56,6 +59,7 @@ def judge_outcomes(
     found = [
         *_symmetry(problem, diagnosis, measurements),
         *_overfitting(outcome, findings),
+        *gradients.judge_unchanged(problem.params, outcome.params, _explained(problem)),
     ]
     measured = _errors(problem, outcome)
     if level < LEARNED:
@@ -81,6 +85,14 @@ def _errors(problem: Problem, outcome: Outcome) -> dict[str, Any]:
     inputs, targets = some_examples(problem)
     outputs = jax.jit(problem.apply_fn)(outcome.params, inputs)
     return {"constant_baseline": constant_baseline(outputs, targets)}
+
+
+def _explained(problem: Problem) -> set[str]:
+    """Names the parameters of which reading the program says why they stay."""
+    batch = problem.batch(slice(problem.batch_size))
+    found = reach(problem.loss_fn, problem.params, batch)
+    reaches = zip(found.names, found.differentiable, strict=True)
+    return {name for name, is_reached in reaches if not is_reached}
 
 
 def _has_alarm(findings: Sequence[Finding]) -> bool:

@@ -86,7 +86,7 @@ def test_a_healthy_program_is_clean():
 
 def test_what_is_not_built_is_said():
     report = checkup(optimizer=None)
-    assert {"width", "trial"} <= set(report.skipped)
+    assert {"trial"} <= set(report.skipped)
     assert all(
         "not" in report.skipped[name] or "no " in report.skipped[name]
         for name in report.skipped

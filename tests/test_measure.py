@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from nnsanity.inside import measure_network
 from nnsanity.measure import (
     constant_loss,
-    measure_network,
     output_size,
     perfect_loss,
     some_examples,

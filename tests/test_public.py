@@ -52,6 +52,11 @@ PUBLIC = {
     "activations": (lambda p, x: ns.activations(apply_fn, p, x), (PARAMS, INPUTS)),
     "dead_units": (lambda p, x: ns.dead_units(apply_fn, p, x), (PARAMS, INPUTS)),
     "weight_stats": (lambda p, x: ns.weight_stats(apply_fn, p, x), (PARAMS, INPUTS)),
+    "width_profile": (lambda p, x: ns.width_profile(apply_fn, p, x), (PARAMS, INPUTS)),
+    "depth_profile": (
+        lambda p, x: ns.depth_profile(apply_fn, pair_loss_fn, p, (x, x)),
+        (PARAMS, INPUTS),
+    ),
     "gradient_stats": (ns.gradient_stats, (PARAMS,)),
     "feature_moments": (ns.feature_moments, (INPUTS,)),
     "merge_moments": (ns.merge_moments, (MOMENTS, MOMENTS)),
@@ -98,6 +103,7 @@ PUBLIC = {
     ),
 }
 SAME_FOR_TWICE_AS_MUCH = {
+    "width_profile",
     *("dead_units", "duplicates", "normalize", "denormalize", "first_nonfinite"),
     *("continuity", "wraparound", "constant_baseline", "target_scale"),
 }
@@ -255,7 +261,10 @@ SHARDED = """
 
     def measure(params, x):
         dead = ns.dead_units(apply_fn, params, x)
-        return ns.feature_moments(x), ns.gradient_stats({"x": x}), dead
+        width = ns.width_profile(apply_fn, params, x).effective_rank
+        loss_fn = lambda params, batch: jnp.mean(apply_fn(params, batch[0]))
+        depth = ns.depth_profile(apply_fn, loss_fn, params, (x, x)).cosine
+        return ns.feature_moments(x), ns.gradient_stats({"x": x}), dead, width, depth
 
     def run(spec):
         x = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec(*spec)))
@@ -287,12 +296,14 @@ def test_sharded_over_the_batch_equals_unsharded():
     )
     assert run.returncode == 0, run.stderr
     dead, whole, sharded, (gathers, reduces) = json.loads(run.stdout)
-    assert len(whole) == len(sharded) == 6 + 5 + 2
+    assert len(whole) == len(sharded) == 6 + 5 + 3 + 2
     for one, two in zip(whole, sharded, strict=True):
         np.testing.assert_allclose(two, one, rtol=1e-4)
-    assert sharded[-2] == whole[-2] == dead
+    sharded, whole = sharded[11:14], whole[11:14]
+    assert sharded[0] == whole[0] == dead
     assert dead[0]
     assert not all(dead)
-    assert sharded[-1] == pytest.approx(np.mean(dead))
+    assert sharded[1] == pytest.approx(np.mean(dead))
+    assert sharded[2] == 64
     assert reduces
     assert not gathers

@@ -4,164 +4,34 @@
 rounding, max and min have zero gradients too" (D. Holden).
 """
 
-import functools
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from nnsanity._tree import in_float32, inexact_leaves, is_inexact, leaf_names
-from nnsanity._types import ApplyFn, Array, Params, PyTree
+from nnsanity._tree import is_inexact, leaf_names
+from nnsanity._types import Params
+from nnsanity.dead import DeadUnits
 from nnsanity.findings import NO_LIMITS, Finding, Limits, listed, number
-from nnsanity.tracing.layers import Located, Uninspected, inspect
+from nnsanity.gradient_sizes import GradientStats
+from nnsanity.saturated import SaturatedUnits
+from nnsanity.tracing.layers import Located, Network
 from nnsanity.tracing.reach import Cut, Reach
-from nnsanity.tracing.tap import Taps, evaluate
-from nnsanity.units import dead_fraction, dead_of, is_thresholded, never_active
 
 DEAD_LIMIT = 0.1
 """Healthy share of dead units in a layer, over at least 256 examples."""
 DEAD_EXAMPLES = 256
+UNDERFLOW_LIMIT = 0.1
+"""Healthy share of subnormal numbers among the gradients that are not 0."""
+SATURATED_LIMIT = 0.5
+"""Healthy share of values on the level parts of a sigmoid or tanh."""
 VANISHING_LIMIT = 1e-3
 """Healthy mean |gradient| of the first layer in units of the last's (AutoTrainer)."""
 TINY_GRADIENT = 1e-7
 """Healthy mean |gradient| of a layer (SageMaker Debugger's vanishing-gradient rule)."""
 EXPLODING_LIMIT = 70.0
 """Healthy largest |gradient| (AutoTrainer's exploding-gradient rule)."""
-
-
-class GradientStats(NamedTuple):
-    """Statistics of the gradient of each parameter, in the order of ``leaf_names``.
-
-    Attributes:
-        norm: float32[leaves].
-        largest: float32[leaves], largest absolute value.
-        zero_fraction: float32[leaves], share of exact zeros; 1 learns nothing.
-        nonfinite_fraction: float32[leaves]; healthy is 0.
-        underflow_fraction: float32[leaves], share of the non-zero values that are
-            subnormal in the leaf's dtype; healthy is near 0.
-    """
-
-    norm: Array
-    largest: Array
-    zero_fraction: Array
-    nonfinite_fraction: Array
-    underflow_fraction: Array
-
-
-def gradient_stats(grads: PyTree) -> GradientStats:
-    """Measures the gradient of every floating-point parameter.
-
-    Costs one read of the gradients.  Sums are in float32 whatever the dtype; a NaN
-    makes norm and largest NaN.  Leaves without elements count as zero.
-
-    Args:
-        grads: any pytree; leaves that are not floating-point are passed over.
-
-    Returns:
-        ``GradientStats``, float32[leaves] each.
-
-    Example:
-        >>> stats = gradient_stats({"w": jnp.array([3.0, 0.0, -4.0, 0.0])})
-        >>> stats.norm, stats.zero_fraction
-        (Array([5.], dtype=float32), Array([0.5], dtype=float32))
-    """
-    leaves = [_leaf_stats(leaf) for leaf in inexact_leaves(grads)]
-    if not leaves:
-        return GradientStats(*(jnp.zeros(0, jnp.float32) for _ in range(5)))
-    return GradientStats(*(jnp.stack(column) for column in zip(*leaves, strict=True)))
-
-
-def _leaf_stats(leaf: Array) -> tuple[Array, ...]:
-    leaf = jnp.asarray(leaf)
-    size = max(math.prod(leaf.shape), 1)
-    magnitude = jnp.abs(in_float32(leaf) if jnp.isrealobj(leaf) else leaf)
-    largest = jnp.max(magnitude, initial=0.0)
-    # Scaled by the largest, the squares neither overflow nor vanish.
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    norm = scale * jnp.sqrt(jnp.sum((magnitude / scale) ** 2))
-    is_subnormal = _is_subnormal(leaf)
-    num_zero = jnp.sum((magnitude == 0) & ~is_subnormal)
-    nonfinite = jnp.sum(~jnp.isfinite(magnitude)) / size
-    underflow = jnp.sum(is_subnormal) / jnp.maximum(size - num_zero, 1)
-    columns = (norm, largest, num_zero / size, nonfinite, underflow)
-    return tuple(column.astype(jnp.float32) for column in columns)
-
-
-def _is_subnormal(leaf: Array) -> Array:
-    """Reads the bits: processors may take subnormal numbers for zero."""
-    if not jnp.isrealobj(leaf):
-        return _is_subnormal(leaf.real) | _is_subnormal(leaf.imag)
-    info = jnp.finfo(leaf.dtype)
-    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{info.bits}"))
-    fraction = bits & ((1 << info.nmant) - 1)
-    exponent = (bits >> info.nmant) & ((1 << info.nexp) - 1)
-    return (exponent == 0) & (fraction != 0)
-
-
-class DeadUnits(NamedTuple):
-    """Units that pass nothing back for any example.
-
-    Attributes:
-        dead: bool[units] for each layer that a thresholding nonlinearity follows;
-            layers inside of a scan are stacked: bool[length, units].
-        fraction: float32[] for each of these layers, float32[length] where they are
-            stacked; healthy is under 0.1.
-        uninspected: parameters that belong to no layer, and why.
-    """
-
-    dead: dict[str, Array]
-    fraction: dict[str, Array]
-    uninspected: Uninspected = Uninspected()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def dead_units(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> DeadUnits:
-    """Finds units that no example activates.
-
-    Looks at layers that a thresholding nonlinearity follows, by what it does and not by
-    its name: ReLU, ``jnp.maximum(x, 0)``, ReLU6, hard sigmoid, but not GELU or tanh.  A
-    unit is dead where its output stands at a flat end for every example and position.
-    Worry above a tenth of a layer, over a few hundred examples.  Costs one forward
-    pass.
-
-    Args:
-        apply_fn: ``apply_fn(params, inputs) -> outputs``.
-        params: any pytree of arrays.
-        inputs: leading axis the examples.
-
-    Returns:
-        ``DeadUnits``, by layer name.
-
-    Example:
-        >>> params = {"w": jnp.array([[1.0, -1.0]])}
-        >>> apply_fn = lambda params, x: jax.nn.relu(x @ params["w"])
-        >>> dead_units(apply_fn, params, jnp.array([[1.0], [2.0]])).dead
-        {'w': Array([False,  True], dtype=bool)}
-
-    References:
-        Lu et al. (2019), "Dying ReLU and Initialization".
-    """
-    network = inspect(apply_fn, params, inputs)
-    watched = [one for one in network.layers if is_thresholded(one)]
-    read = {
-        network.site(one.after): functools.partial(never_active, one=one)
-        for one in watched
-    }
-    leaves = jax.tree.leaves((params, inputs))
-    taps = Taps(read=read, fold=jnp.logical_and)
-    _, readings = evaluate(network.program, leaves, taps)
-    dead = {
-        one.layer.name: dead_of(readings[network.site(one.after)], one)
-        for one in watched
-    }
-    return DeadUnits(
-        dead,
-        {name: dead_fraction(mask) for name, mask in dead.items()},
-        Uninspected.of(network),
-    )
 
 
 def judge_gradients(
@@ -195,6 +65,7 @@ def judge_gradients(
     if largest.size and not largest.max() <= limit:
         name = inexact[int(largest.argmax())]
         findings.append(_exploding(name, float(largest.max()), limit))
+    findings += _underflow(inexact, host.underflow_fraction)
     if len(weights) > 1:
         limit = limits.get("gradients/vanishing", VANISHING_LIMIT)
         findings += _vanishing(host, params, weights, limit)
@@ -213,6 +84,71 @@ def _nonfinite(names: list[str], num_leaves: int) -> Finding:
         " on the untrained network: the first step destroys it.",
         "Find where the numbers leave float32: exponentials without a bound, divisions"
         " by zero, square roots and logarithms at zero.",
+    )
+
+
+def _underflow(names: list[str], fraction: np.ndarray) -> list[Finding]:
+    low = {
+        name: float(share)
+        for name, share in zip(names, fraction, strict=True)
+        if not share <= UNDERFLOW_LIMIT
+    }
+    if not low:
+        return []
+    return [
+        Finding(
+            "gradients/underflow",
+            8,
+            "info",
+            listed(low),
+            max(low.values()),
+            UNDERFLOW_LIMIT,
+            f"Up to {number(100 * max(low.values()))} % of the gradients that are not 0"
+            " are subnormal in their dtype: they lose digits, and the next smaller ones"
+            " are 0.",
+            "Keep the parameters in float32 and compute in bfloat16, or multiply the"
+            " loss by a constant and divide the gradients by it.",
+        )
+    ]
+
+
+def judge_unchanged(
+    start: Params, end: Params, known: Collection[str] = ()
+) -> tuple[Finding, ...]:
+    """Says which parameters a training left exactly as they were.
+
+    Args:
+        start: before it.
+        end: after it.
+        known: names of parameters of which it is known why.
+    """
+    leaves = zip(
+        leaf_names(start), jax.tree.leaves(start), jax.tree.leaves(end), strict=True
+    )
+    still = [
+        name
+        for name, before, after in leaves
+        if is_inexact(before)
+        and name not in known
+        and np.size(before)
+        and np.array_equal(np.asarray(before), np.asarray(after))
+    ]
+    if not still:
+        return ()
+    return (
+        Finding(
+            "gradients/unchanged-parameter",
+            8,
+            "info",
+            listed(still),
+            float(len(still)),
+            0.0,
+            f"{len(still)} parameters are after training what they were before, to the"
+            " last digit.",
+            "If they are not frozen on purpose: look for a gradient of zero, an"
+            " optimizer that masks them, or updates that are too small for the dtype;"
+            " keep the parameters in float32.",
+        ),
     )
 
 
@@ -324,6 +260,36 @@ def _dead(name: str, mask: np.ndarray, fraction: float, num_examples: int) -> Fi
         "Start the biases at zero and the weights from"
         " jax.nn.initializers.he_normal(), normalize the inputs, or use"
         " jax.nn.leaky_relu.",
+    )
+
+
+def judge_saturated_units(
+    measured: SaturatedUnits, network: Network
+) -> tuple[Finding, ...]:
+    """Suspects hidden layers that stand where their nonlinearity is level."""
+    shares = jax.device_get(measured.share)
+    return tuple(
+        _saturated(one.layer.name, float(np.max(shares[one.layer.name])))
+        for one in network.layers[:-1]
+        if one.layer.name in shares
+        and one.activation is not None
+        and one.activation.saturates
+        and not np.max(shares[one.layer.name]) <= SATURATED_LIMIT
+    )
+
+
+def _saturated(name: str, share: float) -> Finding:
+    return Finding(
+        "gradients/saturated-units",
+        8,
+        "info",
+        name,
+        share,
+        SATURATED_LIMIT,
+        f"{number(100 * share)} % of what enters the nonlinearity of {name} lies where"
+        " it is level: next to no gradient passes.",
+        "Normalize the inputs, and draw the weights with"
+        " kernel_init=jax.nn.initializers.lecun_normal(), as Flax calls it.",
     )
 
 

@@ -3,25 +3,21 @@
 ""Small random numbers" is not enough: He, LeCun or Glorot" (D. Holden).
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from nnsanity._tree import (
-    finite_leaves,
-    in_float32,
-    inexact_leaves,
-    is_inexact,
-    leaf_names,
-)
-from nnsanity._types import ApplyFn, Array, Params, PyTree
+from nnsanity._tree import finite_leaves, inexact_leaves, is_inexact, leaf_names
+from nnsanity._types import Params
+from nnsanity.drawing import chance_interval, initializer, needed_gain
 from nnsanity.findings import NO_LIMITS, Finding, Limits, listed, number
-from nnsanity.tracing.layers import Located, Network, inspect
-from nnsanity.tracing.tap import Reading, Taps, evaluate
+from nnsanity.passage import Place, places, weight
+from nnsanity.signal_gain import SignalGain
+from nnsanity.tracing.layers import Located, Network
+from nnsanity.tracing.paths import on_every_way
+from nnsanity.weight_sizes import WeightStats
 
 GAIN_FACTOR = 2.0
 """How far a gain may lie off the one that its nonlinearity needs."""
@@ -29,139 +25,8 @@ SIGNAL_FACTOR = 10.0
 """How far the signal may grow or fade over the whole network (TheDeepChecker)."""
 SYMMETRY_LIMIT = 1e-5
 """Spread of a layer's units, in units of their size, under which they are equal."""
-RECTIFIERS = ("relu", "relu6", "leaky_relu", "elu", "selu", "gelu", "silu", "softplus")
-
-
-class WeightStats(NamedTuple):
-    """How each layer starts, in the order of execution.
-
-    Attributes:
-        deviation: float32[layers], of the weights about zero.
-        gain: float32[layers], deviation times the root of the fan in; healthy is about
-            1.4 before a rectifier and 1 elsewhere.
-        signal: float32[layers], deviation of what enters the nonlinearity.
-        unit_spread: float32[layers], largest difference between two units for the same
-            example, in units of their size; 0 where all units are one, NaN where
-            nothing arrives at the layer and all of them are 0.
-    """
-
-    deviation: Array
-    gain: Array
-    signal: Array
-    unit_spread: Array
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def weight_stats(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> WeightStats:
-    """Measures the weights of each layer and the signal that they make of a batch.
-
-    Costs one forward pass.
-
-    Args:
-        apply_fn: ``apply_fn(params, inputs) -> outputs``.
-        params: any pytree of arrays.
-        inputs: leading axis the examples.
-
-    Returns:
-        ``WeightStats``, in the order of ``layers``.
-
-    Example:
-        >>> params = {"w": jnp.ones((4, 2))}
-        >>> stats = weight_stats(lambda p, x: x @ p["w"], params, jnp.eye(4))
-        >>> stats.gain, stats.unit_spread
-        (Array([2.], dtype=float32), Array([0.], dtype=float32))
-
-    References:
-        Glorot and Bengio (2010); LeCun et al. (1998), section 4.6; He et al. (2015).
-    """
-    network = inspect(apply_fn, params, inputs)
-    read = {
-        network.site(one.before): functools.partial(_signal, one=one)
-        for one in network.layers
-    }
-    leaves = jax.tree.leaves((params, inputs))
-    _, readings = evaluate(network.program, leaves, Taps(read=read))
-    deviations = [_size(leaves[one.weight]) for one in network.layers]
-    if not deviations:
-        return WeightStats(*(jnp.zeros(0) for _ in WeightStats._fields))
-    fans = jnp.array([float(one.layer.fan_in) for one in network.layers])
-    deviation = jnp.stack(deviations)
-    signals = [
-        _pooled(readings[network.site(one.before)], one) for one in network.layers
-    ]
-    signal, spread = (jnp.stack(column) for column in zip(*signals, strict=True))
-    columns = (deviation, deviation * jnp.sqrt(fans), signal, spread)
-    return WeightStats(*(column.astype(jnp.float32) for column in columns))
-
-
-def _pooled(reading: Reading, one: Located) -> tuple[Array, Array]:
-    """Joins the turns of loops: units are alike where they are in one of a stack."""
-    variance, spread = reading.value
-    ran = reading.ran
-    variance = jnp.mean(variance, where=ran)
-    spread = jnp.max(spread, axis=one.shared, initial=-jnp.inf, where=ran)
-    return jnp.sqrt(variance), jnp.min(spread)
-
-
-def _size(weight: Array) -> Array:
-    return jnp.sqrt(jnp.mean(in_float32(weight) ** 2)).astype(jnp.float32)
-
-
-def _signal(values: Array, *, one: Located) -> tuple[Array, Array]:
-    values = in_float32(values)
-    size = jnp.sqrt(jnp.mean(values**2))
-    axes = one.linear_stages[-1].axes if one.linear_stages else one.axes
-    centre = jnp.mean(values, axis=axes, keepdims=True)
-    spread = jnp.max(jnp.abs(values - centre))
-    return jnp.var(values), jnp.where(size > 0, spread / size, jnp.nan)
-
-
-def needed_gain(one: Located) -> float:
-    """Returns the gain that keeps the signal's size: sqrt(2) before a rectifier."""
-    is_rectified = one.layer.activation in RECTIFIERS
-    return math.sqrt(2.0) if is_rectified else 1.0
-
-
-def redrawn(network: Network, params: Params, key: Array) -> Params:
-    """Draws fresh weights: He normal before rectifiers, LeCun normal elsewhere.
-
-    Parameters of two or more axes that belong to no layer stay, and so do scales of
-    normalizations; biases become zero.
-
-    Args:
-        network: of ``apply_fn(params, inputs)``.
-        params: the parameters.
-        key: consumed.
-    """
-    leaves, structure = jax.tree.flatten(params)
-    drawn = list(leaves)
-    for one in network.layers:
-        if one.layer.kind == "embedding":
-            continue
-        for leaf in one.leaves - {one.weight}:
-            if _is_bias(network, one, leaf):
-                drawn[leaf] = jnp.zeros_like(leaves[leaf])
-        weight = leaves[one.weight]
-        scale = needed_gain(one) / math.sqrt(max(one.layer.fan_in, 1))
-        noise = jax.random.normal(
-            jax.random.fold_in(key, one.weight), weight.shape, jnp.float32
-        )
-        drawn[one.weight] = (scale * noise).astype(weight.dtype)
-    return jax.tree.unflatten(structure, drawn)
-
-
-def _is_bias(network: Network, one: Located, leaf: int) -> bool:
-    """Tells whether a leaf is only added to what the layer makes."""
-    steps = [step for stage in one.stages for step in stage.steps]
-    uses = [
-        step
-        for step in steps
-        if any(
-            leaf in network.steps.origins[value].parameters
-            for value in network.steps.weights(step)
-        )
-    ]
-    return bool(uses) and all(step.eqn.primitive.name == "add" for step in uses)
+BIAS_LIMIT = 3.0
+"""Size of the biases in units of what the weights make, from which on they drown it."""
 
 
 class Scale(NamedTuple):
@@ -172,69 +37,105 @@ class Scale(NamedTuple):
         ratio: its gain in units of the one that it needs; healthy is within [0.5, 2].
         change: size of the last layer's signal in units of the first's; healthy is
             within [0.1, 10].
+        block: which block of a stack it is, as ``"[3]"``.
+        chance: factors by which so few weights differ from their law by chance.
     """
 
     layer: Located
     ratio: float
     change: float
+    block: str = ""
+    chance: tuple[float, float] = (1.0, 1.0)
 
 
 def worst_scale(stats: WeightStats, network: Network) -> Scale | None:
-    """Finds the layer whose weights are furthest from the size that it needs."""
+    """Finds the layer whose weights are furthest from the size that it needs.
+
+    A normalization that follows takes the size away again; behind a skip a layer may
+    start as small as it likes, and be zero.
+    """
     host = jax.device_get(stats)
-    ratios = {
-        index: float(host.gain[index]) / needed_gain(one)
-        for index, one in enumerate(network.layers)
-        if one.layer.kind != "embedding"
-    }
-    if not ratios:
+    passed = on_every_way(network)
+    scales = [
+        _scale(
+            network, place, float(gain), is_skipped=place.one.layer.name not in passed
+        )
+        for place, gain in zip(places(network), host.gain, strict=True)
+        if place.one.layer.kind != "embedding"
+    ]
+    if not scales:
         return None
-    worst = max(ratios, key=lambda index: _distance(ratios[index]))
     first, last = float(host.signal[0]), float(host.signal[-1])
     change = last / first if first > 0 else 0.0
-    return Scale(network.layers[worst], ratios[worst], change)
+    return max(scales, key=_distance)._replace(change=change)
 
 
-def _distance(ratio: float) -> float:
-    """How far a ratio is from 1, either way; a NaN is furthest."""
-    return abs(math.log(max(ratio, 1e-12))) if math.isfinite(ratio) else math.inf
+def _scale(network: Network, place: Place, gain: float, *, is_skipped: bool) -> Scale:
+    one, value = place.one, weight(network, place.one)
+    size = 0 if value is None else math.prod(network.steps.avals[value].shape)
+    ratio = gain / needed_gain(one)
+    is_normalized = any(stage.kind == "norm" for stage in one.linear_stages)
+    if (is_normalized and 0 < ratio < math.inf) or (is_skipped and ratio < 1):
+        ratio = 1.0
+    block = place.name.removeprefix(one.layer.name)
+    return Scale(one, ratio, math.nan, block, chance_interval(size))
+
+
+def _distance(scale: Scale) -> float:
+    """How far a ratio is from 1, either way; a NaN is furthest, chance is near."""
+    if not math.isfinite(scale.ratio):
+        return math.inf
+    low, high = scale.chance
+    return 0.0 if low <= scale.ratio <= high else abs(math.log(max(scale.ratio, 1e-12)))
 
 
 def judge_scale(
-    worst: Scale | None, *, num_layers: int, limits: Limits = NO_LIMITS
+    worst: Scale | None,
+    *,
+    num_layers: int,
+    backward: float = 1.0,
+    limits: Limits = NO_LIMITS,
 ) -> tuple[Finding, ...]:
-    """Suspects weights that are off scale where the signal shows it."""
+    """Suspects weights that are off scale where the signal or its gradient shows it.
+
+    A nonlinearity that levels off keeps the signal small, and not the gradient.
+
+    Args:
+        worst: as ``worst_scale`` returns.
+        num_layers: of the network; a single layer shows nothing.
+        backward: as in ``SignalGain``.
+        limits: the user's own, by rule.
+    """
     if worst is None:
         return ()
     factor = limits.get("initialization/off-scale", GAIN_FACTOR)
-    off = not 1 / factor <= worst.ratio <= factor
-    moved = not 1 / SIGNAL_FACTOR <= worst.change <= SIGNAL_FACTOR
+    low, high = worst.chance
+    off = not min(1 / factor, low) <= worst.ratio <= max(factor, high)
+    moved = not all(
+        1 / SIGNAL_FACTOR <= change <= SIGNAL_FACTOR
+        for change in (worst.change, backward)
+    )
     if not (off and (moved or num_layers == 1)):
         return ()
-    return (off_scale(*worst)._replace(limit=factor),)
+    return (_off_scale(worst, backward, factor),)
 
 
-def off_scale(one: Located, ratio: float, change: float) -> Finding:
-    """The finding that the weights of a layer have the wrong size.
-
-    Args:
-        one: the layer.
-        ratio: its gain in units of the one that it needs.
-        change: size of the last layer's signal in units of the first's.
-    """
-    name = "he_normal" if needed_gain(one) > 1 else "lecun_normal"
+def _off_scale(worst: Scale, backward: float, factor: float) -> Finding:
+    layer = worst.layer.layer
+    name = layer.name + worst.block
     return Finding(
         "initialization/off-scale",
         9,
         "info",
-        one.layer.name,
-        ratio,
-        GAIN_FACTOR,
-        f"The weights of {one.layer.name} are {number(ratio)} times as large as a"
-        f" layer before {one.layer.activation or 'a linear output'} needs, and the"
-        f" signal changes {number(change)}-fold from the first layer to the last.",
-        f"Draw them from jax.nn.initializers.{name}(), as Flax's kernel_init argument,"
-        " and start the biases at zero.",
+        name,
+        worst.ratio,
+        factor,
+        f"The weights of {name} are {number(worst.ratio)} times as large as a"
+        f" layer before {layer.activation or 'a linear output'} needs, and the"
+        f" signal changes {number(worst.change)}-fold from the first layer to the"
+        f" last, its gradient {number(backward)}-fold on the way back.",
+        f"Draw them with {initializer(worst.layer)}, as Flax calls it, and start the"
+        " biases at zero.",
     )
 
 
@@ -251,6 +152,64 @@ def poor_start(one: Located) -> Finding:
         " size, though no layer is off scale.",
         "Try another key, jax.nn.initializers.he_normal() before ReLU, and biases of"
         " zero; a wider network depends less on its first weights.",
+    )
+
+
+def judge_signal(gain: SignalGain, network: Network) -> tuple[Finding, ...]:
+    """Suspects the weights where the signal grows or fades on its way."""
+    forward = float(gain.forward)
+    if len(gain.signal) < 2 or 1 / SIGNAL_FACTOR <= forward <= SIGNAL_FACTOR:
+        return ()
+    signal = np.maximum(np.asarray(gain.signal, np.float64), 1e-30)
+    steps = np.abs(np.diff(np.log(signal)))
+    worst = places(network)[1 + int(np.argmax(np.nan_to_num(steps, nan=np.inf)))]
+    return (_moved(worst, forward, float(gain.backward)),)
+
+
+def _moved(worst: Place, forward: float, backward: float) -> Finding:
+    grows = not forward < 1
+    return Finding(
+        f"initialization/signal-{'grows' if grows else 'fades'}",
+        9,
+        "info",
+        worst.name,
+        forward,
+        SIGNAL_FACTOR if grows else 1 / SIGNAL_FACTOR,
+        f"The signal {'grows' if grows else 'fades'} {number(forward)}-fold from the"
+        f" first layer to the last, most of all at {worst.name}; its gradient changes"
+        f" {number(backward)}-fold on the way back.",
+        f"Draw the weights with {initializer(worst.one)}, as Flax calls it.",
+    )
+
+
+def judge_biases(stats: WeightStats, network: Network) -> tuple[Finding, ...]:
+    """Suspects biases that drown what the weights make of the batch.
+
+    Those of the last layer may say what the targets are on the average.
+    """
+    sizes = np.asarray(jax.device_get(stats.bias))
+    return tuple(
+        _large_bias(place.name, float(size))
+        for place, size in zip(places(network), sizes, strict=True)
+        if place.one is not network.layers[-1]
+        and place.one.layer.kind != "embedding"
+        and not size <= BIAS_LIMIT
+        and not np.isnan(size)  # of a branch that was not taken
+    )
+
+
+def _large_bias(name: str, size: float) -> Finding:
+    return Finding(
+        "initialization/large-bias",
+        9,
+        "info",
+        name,
+        size,
+        BIAS_LIMIT,
+        f"The biases of {name} are {number(size)} times as large as what its weights"
+        " make of the inputs: its units stand where they are, whatever comes in.",
+        "Start the biases at zero: bias_init=jax.nn.initializers.zeros, as Flax calls"
+        " it.",
     )
 
 
@@ -291,8 +250,9 @@ def judge_symmetry(
     if end is not None:
         equal = equal & _equal_units(end)
     findings = []
-    for index, one in enumerate(network.layers[:-1]):
-        if not equal[index] or one.layer.units < 2:
+    for index, (one, _, name) in enumerate(places(network)):
+        is_last = one is network.layers[-1]
+        if is_last or not equal[index] or one.layer.units < 2:
             continue
         is_zero = deviation[index] == 0
         findings.append(
@@ -300,10 +260,10 @@ def judge_symmetry(
                 f"initialization/{'zero' if is_zero else 'symmetric'}",
                 9,
                 "info" if end is None else "error",
-                one.layer.name,
+                name,
                 float(np.nan_to_num(start.unit_spread[index])),
                 SYMMETRY_LIMIT,
-                f"The {one.layer.units} units of {one.layer.name} compute the same"
+                f"The {one.layer.units} units of {name} compute the same"
                 f" number{'' if end is None else ', before and after training'}:"
                 " they start alike and get the same gradient, so they are one unit.",
                 "Draw the weights from jax.nn.initializers.he_normal() or"
@@ -314,6 +274,13 @@ def judge_symmetry(
 
 
 def _equal_units(stats: WeightStats) -> np.ndarray:
-    """Tells of which layers all units are one, as those of zero weights are."""
+    """Tells of which layers all units are one, as those of zero weights are.
+
+    Where nothing arrives, as behind a dead layer, units are equal for no fault of
+    theirs.
+    """
     spread, deviation = np.asarray(stats.unit_spread), np.asarray(stats.deviation)
-    return (spread <= SYMMETRY_LIMIT) | (np.isnan(spread) & (deviation == 0))
+    is_zero = deviation == 0
+    has_signal = ~(np.asarray(stats.signal) == 0)
+    equal = (spread <= SYMMETRY_LIMIT) & (has_signal | is_zero)
+    return equal | (np.isnan(spread) & is_zero)

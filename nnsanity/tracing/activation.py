@@ -13,6 +13,8 @@ from nnsanity.tracing.operations import STRUCTURAL
 from nnsanity.tracing.steps import Step
 
 _GRID = np.linspace(-10.0, 10.0, 401, dtype=np.float32)
+_LEVEL = 0.05
+"""Slope, in units of the steepest one or of 1, up to which a nonlinearity is level."""
 _LOW_END = (_GRID >= -4.0) & (_GRID <= -3.01)
 _HIGH_END = (_GRID >= 7.0) & (_GRID <= 9.0)
 # Inside of these windows the smooth ones (gelu, tanh, sigmoid) still move in float32,
@@ -29,6 +31,9 @@ class Activation(NamedTuple):
         slope: its largest derivative on [-10, 10]; NaN where that is not known.
         limits: its outputs at -10 and 10; NaN where they are not known.
         is_known: whether it could be run.
+        level_below: below it the slope is next to nothing; NaN where there is none.
+        level_above: the same at the other end.
+        num_scalings: how many stages before it, scalings by numbers, are a part of it.
     """
 
     name: str
@@ -36,6 +41,9 @@ class Activation(NamedTuple):
     slope: float = math.nan
     limits: tuple[float, float] = (math.nan, math.nan)
     is_known: bool = False
+    level_below: float = math.nan
+    level_above: float = math.nan
+    num_scalings: int = 0
 
     @property
     def saturates(self) -> bool:
@@ -68,7 +76,25 @@ def recognize(
     with np.errstate(invalid="ignore", over="ignore"):  # an overflow is an answer, too
         slopes = np.abs(np.diff(outputs) / np.diff(_GRID))
     ends = float(outputs[0]), float(outputs[-1])
-    return Activation(name, tuple(flat), float(slopes.max()), ends, is_known=True)
+    steepest = float(slopes.max())
+    level = slopes <= _LEVEL * min(steepest, 1.0)
+    return Activation(
+        name,
+        tuple(flat),
+        steepest,
+        ends,
+        is_known=True,
+        level_below=_end_of(level, _GRID),
+        level_above=_end_of(level[::-1], _GRID[::-1]),
+    )
+
+
+def _end_of(level: np.ndarray, grid: np.ndarray) -> float:
+    """How far the level part reaches that starts at the first number of the grid."""
+    if level.all():
+        return math.nan  # a constant; or an overflow, which is not level
+    length = int(level.argmin())
+    return float(grid[length]) if length else math.nan
 
 
 def _run(
@@ -99,6 +125,8 @@ def _apply(eqn: compat.Equation, operands: Sequence) -> list | None:
     body = compat.called_jaxpr(eqn)
     if body is not None:
         return _apply_body(*body, operands)
+    if any(True for _ in compat.sub_jaxprs(eqn)):
+        return None  # a loop or a branch, whose bodies are of the user's shapes
     if name == "convert_element_type":
         return [_cast(operands[0], eqn.params["new_dtype"])]
     if name in STRUCTURAL:

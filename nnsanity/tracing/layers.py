@@ -85,6 +85,17 @@ class Located(NamedTuple):
         return linear[-1].end if linear else self.start
 
     @property
+    def entry(self) -> tuple[int, tuple[int, ...]]:
+        """Number of the value that the nonlinearity was run on, and its unit axes.
+
+        It stands before the scalings that are a part of the nonlinearity.
+        """
+        linear = self.linear_stages
+        num_scalings = 0 if self.activation is None else self.activation.num_scalings
+        kept = linear[: len(linear) - num_scalings]
+        return (kept[-1].end, kept[-1].axes) if kept else (self.start, self.axes)
+
+    @property
     def linear_stages(self) -> tuple[Stage, ...]:
         """The stages before the nonlinearity."""
         return linear_part(self.stages)
@@ -309,6 +320,7 @@ def _nonlinearity(
             found = activation.recognize(
                 steps.with_constants(taken), before, stages[end - 1].end, steps.literals
             )
+            found = found._replace(num_scalings=num_linear - begin)
             if found.name in activation.NAMES:
                 return stages[:end], found
             if found.is_known:

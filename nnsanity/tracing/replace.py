@@ -1,6 +1,6 @@
 """Puts other values in the place of a layer's, without a change to the model."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ from nnsanity.tracing.layers import Located, Network, inspect
 from nnsanity.tracing.operations import STRUCTURAL
 from nnsanity.tracing.steps import Site
 from nnsanity.tracing.tap import Taps, evaluate
+from nnsanity.tracing.widen import Widening, wide_writes
 
 
 class LayerValues(NamedTuple):
@@ -46,6 +47,7 @@ def replaced(
     replacements: Mapping[str, Replacement],
     *,
     penalty_scale: Array | float = 1.0,
+    wider: Widening | None = None,
 ) -> Callable:
     """Returns a function that runs ``fn`` with other values at some layers.
 
@@ -58,18 +60,30 @@ def replaced(
             derivative the user wrote.
         penalty_scale: factor of every scalar made from parameters alone that is added
             to the result; 0 leaves out an L2 penalty inside of the loss.
+        wider: a layer that gets more units; the function then takes wide parameters,
+            as ``Widening.padded`` makes them.
     """
 
     def run(params: Params, *rest: PyTree) -> PyTree:
+        params, added = (params, {}) if wider is None else wider.split(params)
         network = inspect(fn, params, *rest)
         write: dict[Site, Callable[[Array], Array]] = {}
         inline = set[Path]()
+        found: dict[str, Located] = {}
         for located, stages in matched(network, blueprint):
+            found[located.layer.name] = located
             replacement = replacements.get(located.layer.name)
             if replacement is not None:
                 located = located._replace(stages=stages)
-                inline |= _straddled(network, located)
+                values = (located.operand, located.before, located.after)
+                inline |= _straddled(network, values)
                 _add_writes(write, network, located, replacement)
+        if wider is not None and found.keys() >= {part.layer for part in wider.parts}:
+            starts = [found[part.layer].start for part in wider.readers]
+            operand = found[wider.units.layer].operand
+            inline |= _straddled(network, (operand, *starts))
+            for site, function in wide_writes(found, network, wider, added):
+                _chain(write, site, function)
         for value in penalties(network):
             write[network.site(value)] = lambda penalty: penalty * penalty_scale
         leaves = jax.tree.leaves((params, *rest))
@@ -141,12 +155,11 @@ def _add_writes(
     _chain(write, network.site(located.after), combine)
 
 
-def _straddled(network: Network, located: Located) -> set[Path]:
+def _straddled(network: Network, values: Sequence[int]) -> set[Path]:
     """Finds the calls that hold some of a layer's values and not the others.
 
     What is kept of a value inside of ``remat`` can't be used outside of it.
     """
-    values = (located.operand, located.before, located.after)
     sites = [site for value in values if (site := network.steps.sites[value])]
     prefixes = [
         [site.path[:depth] for depth in range(1, len(site.path))] for site in sites

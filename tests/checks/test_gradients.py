@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 
 from nnsanity.checks.gradients import (
-    DeadUnits,
-    GradientStats,
-    dead_units,
-    gradient_stats,
     harmful_activation,
     judge_dead_units,
     judge_gradients,
     judge_reach,
+    judge_saturated_units,
+    judge_unchanged,
 )
+from nnsanity.dead import DeadUnits, dead_units
+from nnsanity.gradient_sizes import GradientStats, gradient_stats
+from nnsanity.saturated import saturated_units
 from nnsanity.tracing.layers import inspect
 from nnsanity.tracing.reach import reach
 
@@ -248,3 +249,57 @@ def test_harmful_activation(activation, rule):
     first = inspect(two_layers(activation), PARAMS, INPUTS).layers[0]
     found = harmful_activation(first, ["relu"])
     assert (found.rule, found.where) == (f"gradients/{rule}", "w1")
+
+
+@pytest.mark.parametrize(("share", "alarms"), [(0.0, 0), (0.05, 0), (0.5, 1), (NAN, 1)])
+def test_gradients_that_lose_digits(share, alarms):
+    stats = GradientStats(*np.ones((4, 1)), np.array([share]))._replace(
+        nonfinite_fraction=np.zeros(1), zero_fraction=np.zeros(1)
+    )
+    found = judge_gradients(stats, {"w": jnp.ones(3)}, {})
+    assert [one.rule for one in found] == ["gradients/underflow"] * alarms
+
+
+def test_subnormal_gradients_are_seen():
+    grads = {"w": jnp.array([1e-6, 3e-8, 1.0, 0.0], jnp.float16)}
+    found = judge_gradients(gradient_stats(grads), grads, {})
+    assert [one.rule for one in found] == ["gradients/underflow"]
+    assert found[0].measured == pytest.approx(2 / 3, rel=1e-5)
+
+
+def test_parameters_that_stay():
+    start = {"a": np.ones(3), "b": np.ones(2), "c": np.ones(2), "n": np.int32(3)}
+    end = start | {"a": np.array([1, 1, 1 + 1e-9]), "c": np.full(2, NAN)}
+    (found,) = judge_unchanged(start, end)
+    assert (found.rule, found.where) == ("gradients/unchanged-parameter", "b")
+    assert judge_unchanged(start, end, known={"b"}) == ()
+
+
+def deep(activation, scale):
+    weights = [jnp.asarray(RNG.normal(size=(20, 20)) * scale, jnp.float32)] * 3
+
+    def apply_fn(params, x):
+        for w in params:
+            x = activation(x @ w)
+        return x @ jnp.ones((20, 1))
+
+    return apply_fn, weights
+
+
+@pytest.mark.parametrize(
+    ("activation", "scale", "alarms"),
+    [
+        (jnp.tanh, 0.2, False),
+        (jnp.tanh, 3.0, True),
+        (jax.nn.sigmoid, 9.0, True),
+        (jax.nn.relu, 3.0, False),  # of which dead units tell
+        (jax.nn.gelu, 3.0, False),
+    ],
+)
+def test_judge_saturated_units(activation, scale, alarms):
+    apply_fn, weights = deep(activation, scale)
+    inputs = jnp.asarray(RNG.normal(size=(100, 20)), jnp.float32)
+    measured = saturated_units(apply_fn, weights, inputs)
+    found = judge_saturated_units(measured, inspect(apply_fn, weights, inputs))
+    assert bool(found) == alarms
+    assert {one.rule for one in found} <= {"gradients/saturated-units"}

@@ -5,17 +5,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import chi2
 
 from nnsanity.checks.initialization import (
     Scale,
+    judge_biases,
     judge_scale,
+    judge_signal,
     judge_symmetry,
-    needed_gain,
-    redrawn,
-    weight_stats,
     worst_scale,
 )
+from nnsanity.drawing import chance_interval, needed_gain, redrawn, without_biases
+from nnsanity.signal_gain import gain_of
 from nnsanity.tracing.layers import inspect
+from nnsanity.weight_sizes import weight_stats
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -93,7 +96,7 @@ def test_one_row_in_half_precision(dtype):
 
 def test_no_layers():
     stats = weight_stats(lambda p, x: x * p, jnp.ones(20), INPUTS)
-    assert [leaf.shape for leaf in stats] == [(0,)] * 4
+    assert [leaf.shape for leaf in stats[:5]] == [(0,)] * 5
     assert worst_scale(stats, inspect(lambda p, x: x * p, jnp.ones(20), INPUTS)) is None
     assert judge_scale(None, num_layers=0) == ()
 
@@ -236,3 +239,138 @@ def test_units_that_differ():
     assert symmetric(PARAMS, PARAMS) == ()
     alike_outputs = PARAMS | {"w2": jnp.zeros((64, 5))}
     assert symmetric(alike_outputs, alike_outputs) == ()
+
+
+def test_chance_is_what_chi_square_says():
+    for size in (4, 10, 100, 10_000):
+        exact = [math.sqrt(chi2.ppf(q, size) / size) for q in (0.0005, 0.9995)]
+        np.testing.assert_allclose(chance_interval(size), exact, rtol=0.02, atol=0.06)
+
+
+def test_few_weights_may_be_off_by_chance():
+    weight = jnp.full((2, 2), 0.3)  # 0.43 times what four weights need
+    network = inspect(lambda p, x: x @ p, weight, INPUTS[:, :2])
+    stats = weight_stats(lambda p, x: x @ p, weight, INPUTS[:, :2])
+    assert judge_scale(worst_scale(stats, network), num_layers=1) == ()
+
+
+def stack(params, x):
+    def block(h, w):
+        return jax.nn.relu(h @ w), None
+
+    return jax.lax.scan(block, x, params["blocks"])[0] @ params["head"]
+
+
+def stack_params(*gains):
+    blocks = [RNG.normal(size=(20, 20)) * gain / math.sqrt(20) for gain in gains]
+    head = RNG.normal(size=(20, 2)) / math.sqrt(20)
+    return {"blocks": jnp.float32(np.stack(blocks)), "head": jnp.float32(head)}
+
+
+def test_the_bad_block_of_a_stack_is_named():
+    params = stack_params(1.41, 1.41, 40, 1.41)
+    stats = weight_stats(stack, params, INPUTS)
+    expected = [np.sqrt((np.asarray(w) ** 2).mean() * 20) for w in params["blocks"]]
+    np.testing.assert_allclose(stats.gain[:4], expected, rtol=1e-5)
+    worst = worst_scale(stats, inspect(stack, params, INPUTS))
+    (found,) = judge_scale(worst, num_layers=5)
+    assert found.where == "blocks[2]"
+    equal = params | {"blocks": params["blocks"].at[1].set(0.1)}
+    alike = weight_stats(stack, equal, INPUTS)
+    (symmetric,) = judge_symmetry(alike, alike, inspect(stack, equal, INPUTS))
+    assert symmetric.where == "blocks[1]"
+
+
+def biased(bias):
+    return PARAMS | {"b1": jnp.full(64, bias), "b2": jnp.full(5, 100.0)}
+
+
+@pytest.mark.parametrize(("bias", "rules"), [(-50.0, ["large-bias"]), (0.1, [])])
+def test_biases_that_drown_the_weights(bias, rules):
+    stats = weight_stats(mlp, biased(bias), INPUTS)
+    made = np.asarray(INPUTS) @ np.asarray(PARAMS["w1"])
+    expected = abs(bias) / math.sqrt((made**2).mean())
+    assert float(stats.bias[0]) == pytest.approx(expected, rel=1e-4)
+    found = judge_biases(stats, NETWORK)
+    assert [one.rule for one in found] == [f"initialization/{rule}" for rule in rules]
+    assert all(one.where == "w1" and "zeros" in one.advice for one in found)
+
+
+def test_biases_are_set_to_zero_and_nothing_else_is():
+    params = without_biases(NETWORK, biased(-50.0))
+    assert not params["b1"].any()
+    assert not params["b2"].any()
+    np.testing.assert_array_equal(params["w1"], PARAMS["w1"])
+
+
+class Residual(nn.Module):
+    """Two blocks; the last layer of each starts at ``gain``, behind a skip."""
+
+    gain: float = 0.0
+    norm: bool = False
+    size: float = 1.0
+
+    @nn.compact
+    def __call__(self, x):
+        first = nn.initializers.variance_scaling(2 * self.size**2, "fan_in", "normal")
+        if self.gain:
+            last = nn.initializers.variance_scaling(self.gain**2, "fan_in", "normal")
+        else:
+            last = nn.initializers.zeros
+        for _ in range(2):
+            h = nn.Dense(40, kernel_init=first)(x)
+            h = nn.relu(nn.LayerNorm()(h) if self.norm else h)
+            x = x + nn.Dense(20, kernel_init=last)(h)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "is_healthy"),
+    [
+        (Residual(0.0), True),
+        (Residual(0.1), True),
+        (Residual(20.0), False),
+        (Residual(0.0, norm=True, size=30), True),
+        (Residual(0.0, norm=False, size=30), False),
+    ],
+)
+def test_residual_and_normalized_networks_need_less(model, is_healthy):
+    params = model.init(KEY, INPUTS)
+    stats = weight_stats(model.apply, params, INPUTS)
+    worst = worst_scale(stats, inspect(model.apply, params, INPUTS))
+    ratio = worst.ratio
+    assert (0.5 <= ratio <= 2) == is_healthy
+    moved = worst._replace(change=99.0)  # so that the ratio alone decides
+    assert bool(judge_scale(moved, num_layers=4)) != is_healthy
+
+
+@pytest.mark.parametrize(
+    ("signal", "rules", "where"),
+    [
+        ([1, 2, 4, 3], [], ""),
+        ([1, 2, 60, 70], ["signal-grows"], "w3"),
+        ([1, 0.001, 0.001, 0.002], ["signal-fades"], "w2"),
+        ([1, 1, 1, math.nan], ["signal-grows"], "w4"),
+        ([1, 1, 1, 0], ["signal-fades"], "w4"),
+    ],
+)
+def test_judge_signal(signal, rules, where):
+    weights = {f"w{i}": jnp.eye(4) for i in range(1, 5)}
+    run = lambda p, x: x @ p["w1"] @ p["w2"] @ p["w3"] @ p["w4"]  # noqa: E731
+    network = inspect(run, weights, INPUTS[:, :4])
+    gain = gain_of(network, jnp.float32(signal), jnp.ones(4))
+    found = judge_signal(gain, network)
+    assert [one.rule for one in found] == [f"initialization/{rule}" for rule in rules]
+    assert [one.where for one in found] == [where] * len(rules)
+    assert all("kernel_init=jax.nn.initializers." in one.advice for one in found)
+
+
+def test_units_behind_a_dead_layer_are_not_called_symmetric():
+    def three(params, x):
+        x = jax.nn.relu(x @ params["w1"] + params["b1"])
+        return jnp.tanh(x @ params["w2"] - 50.3) @ jnp.ones((5, 2)) @ params["w3"]
+
+    params = PARAMS | {"b1": jnp.full(64, -99.0), "w3": jnp.ones((2, 2))}
+    stats = weight_stats(three, params, INPUTS)
+    assert stats.signal[1] == 0
+    assert judge_symmetry(stats, stats, inspect(three, params, INPUTS)) == ()

@@ -177,3 +177,13 @@ def test_one_with_its_own_parameter_has_only_a_name():
     assert one.layer.activation == "select_n"
     assert one.activation.flat_values == ()
     assert np.isnan(one.activation.slope)
+
+
+def test_a_loop_of_elementwise_operations_is_not_run():
+    def apply_fn(w, x):
+        turn = lambda h, _: (jnp.minimum(h, 0.7) + 1, None)  # noqa: E731
+        return jax.lax.scan(turn, x @ w, None, length=3)[0]
+
+    (found,) = inspect(apply_fn, jnp.ones((4, 4)), jnp.ones((5, 4))).layers
+    assert found.activation.name == "scan"
+    assert not found.activation.is_known

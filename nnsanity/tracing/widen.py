@@ -1,0 +1,266 @@
+"""Widens one layer of a program that was traced with fixed shapes.
+
+The arrays of its weight, and of the weights that read it, get more rows; the
+interpreter computes the new units beside the old ones and adds what they say to the
+sums of the layers that read them.  No model is changed, and the tree of the parameters
+keeps its structure.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nnsanity._types import Array, Params
+from nnsanity.tracing import compat
+from nnsanity.tracing.geometry import weight_geometry
+from nnsanity.tracing.layers import Located, Network
+from nnsanity.tracing.steps import Site, Steps
+
+_CASTS = frozenset({"convert_element_type", "copy", "copy_p"})
+
+
+class Part(NamedTuple):
+    """A parameter that gets longer along one axis.
+
+    Attributes:
+        layer: name of the layer that it is the weight of.
+        leaf: its index among the leaves of the parameters.
+        axis: the axis.
+        size: how long that is in the user's program.
+    """
+
+    layer: str
+    leaf: int
+    axis: int
+    size: int
+
+
+class Widening(NamedTuple):
+    """How one layer is made wider.
+
+    Attributes:
+        units: its weight, along the axis of its units.
+        readers: the weights of the layers that read it, along the axis of their inputs.
+        more: how many units are added.
+    """
+
+    units: Part
+    readers: tuple[Part, ...]
+    more: int
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All parameters that get longer."""
+        return (self.units, *self.readers)
+
+    def split(self, params: Params) -> tuple[Params, dict[str, Array]]:
+        """Splits wide parameters into the user's own and what was added, by layer."""
+        leaves, structure = jax.tree.flatten(params)
+        added = {}
+        for part in self.parts:
+            leaf = leaves[part.leaf]
+            leaves[part.leaf] = jax.lax.slice_in_dim(leaf, 0, part.size, axis=part.axis)
+            added[part.layer] = jax.lax.slice_in_dim(
+                leaf, part.size, part.size + self.more, axis=part.axis
+            )
+        return jax.tree.unflatten(structure, leaves), added
+
+    def padded(self, params: Params, draw: Callable[[Part, tuple], Array]) -> Params:
+        """Makes parameters wide.
+
+        Args:
+            params: of the user's own shapes.
+            draw: ``draw(part, shape)``, the numbers that are added to a parameter.
+        """
+        leaves, structure = jax.tree.flatten(params)
+        for part in self.parts:
+            leaf = jnp.asarray(leaves[part.leaf])
+            shape = list(leaf.shape)
+            shape[part.axis] = self.more
+            added = draw(part, tuple(shape)).astype(leaf.dtype)
+            leaves[part.leaf] = jnp.concatenate([leaf, added], axis=part.axis)
+        return jax.tree.unflatten(structure, leaves)
+
+
+def widening(network: Network, one: Located, *, more: int) -> Widening | None:
+    """Plans to widen a layer; None where its weights can't be made longer.
+
+    That takes a weight that is a parameter as it stands, or transposed, no loop around
+    it, and layers that read what it makes in the same shape, as they do not behind a
+    pooling or where an image is flattened.
+
+    Args:
+        network: of ``apply_fn``.
+        one: the layer.
+        more: how many units to add.
+    """
+    readers = list(_readers(network, one))
+    parts = [_part(network, one, of_units=True)]
+    parts += [_part(network, reader, of_units=False) for reader in readers]
+    known = [part for part in parts if part is not None]
+    leaves = {part.leaf for part in known}
+    if not readers or len(leaves) < len(parts) or not _fits(network, one, readers):
+        return None
+    return Widening(known[0], tuple(known[1:]), more)
+
+
+def _readers(network: Network, one: Located) -> Iterator[Located]:
+    """Yields the layers that read what a layer makes, before any other layer does."""
+    steps = network.steps
+    starts = {other.start for other in network.layers}
+    for reader in network.layers:
+        waiting, seen = [reader.operand], set[int]()
+        while waiting:
+            value = waiting.pop()
+            if value == one.after:
+                yield reader
+                break
+            maker = steps.makers.get(value)
+            if value in seen or value in starts or maker is None:
+                continue
+            seen.add(value)
+            waiting += [read for read in maker.inputs if read is not None]
+
+
+def _fits(network: Network, one: Located, readers: list[Located]) -> bool:
+    avals = network.steps.avals
+    shape = avals[one.after].shape
+    return (
+        len(one.unit_axes) == 1
+        and shape[one.unit_axes[0]] == one.layer.units
+        and avals[one.start].shape == shape
+        and one.unit_axes == one.axes
+        and all(avals[reader.operand].shape == shape for reader in readers)
+        and all(_read_axis(network, reader) == one.axes[0] for reader in readers)
+    )
+
+
+def _part(network: Network, one: Located, *, of_units: bool) -> Part | None:
+    """Finds the axis of a layer's weight that has to be longer."""
+    eqn, steps = one.step.eqn, network.steps
+    found = _parameter(steps, _weight(network, one))
+    if found is None or one.around or one.layer.kind == "embedding":
+        return None
+    leaf, order = found
+    side = _side(network, one)
+    if one.layer.kind == "conv":
+        if (
+            eqn.params["feature_group_count"] != 1
+            or eqn.params["batch_group_count"] != 1
+        ):
+            return None
+        axis = eqn.params["dimension_numbers"].rhs_spec[0 if of_units else 1]
+    else:
+        contracted, batch = eqn.params["dimension_numbers"]
+        free = [i for i in range(len(order)) if i not in contracted[side]]
+        if len(contracted[side]) != 1 or len(free) != 1 or batch[side]:
+            return None
+        axis = free[0] if of_units else contracted[side][0]
+    size = steps.avals[_weight(network, one)].shape[axis]
+    return Part(one.layer.name, leaf, order[axis], size)
+
+
+def _weight(network: Network, one: Located) -> int:
+    geometry = weight_geometry(network.steps, one.step)
+    if geometry is None:
+        raise ValueError(f"{one.layer.name} has no weight")
+    return geometry.weight
+
+
+def _side(network: Network, one: Located) -> int:
+    """Which operand of the product the weight is."""
+    return one.step.inputs.index(_weight(network, one))
+
+
+def _read_axis(network: Network, one: Located) -> int | None:
+    """Which axis of what enters a layer it sums over, if that is one."""
+    eqn, side = one.step.eqn, _side(network, one)
+    if one.layer.kind == "conv":
+        return eqn.params["dimension_numbers"].lhs_spec[1]
+    summed = eqn.params["dimension_numbers"][0][1 - side]
+    return summed[0] if len(summed) == 1 else None
+
+
+def _parameter(steps: Steps, value: int) -> tuple[int, list[int]] | None:
+    """Returns the leaf that a weight is, and which axis of it each axis is."""
+    order = list(range(len(steps.avals[value].shape)))
+    while (maker := steps.makers.get(value)) is not None:
+        name, operand = maker.eqn.primitive.name, maker.inputs[0]
+        if name == "transpose":
+            permutation = maker.eqn.params["permutation"]
+            order = [permutation[axis] for axis in order]
+        elif name not in _CASTS:
+            return None
+        if operand is None:
+            return None
+        value = operand
+    site = steps.sites[value]
+    if site is None or len(site.path) != 1 or not steps.is_weight(value):
+        return None
+    return site.position, order
+
+
+def wide_writes(
+    pairs: dict[str, Located],
+    network: Network,
+    plan: Widening,
+    added: dict[str, Array],
+) -> Iterator[tuple[Site, Callable[[Array], Array]]]:
+    """Yields what makes a program run with the added units.
+
+    Args:
+        pairs: the layers of the program by their names in the network alone.
+        network: of the program that runs.
+        plan: as ``widening`` returns for the network alone.
+        added: as ``Widening.split`` returns.
+    """
+    steps = network.steps
+    narrow = pairs[plan.units.layer]
+    entering: dict[str, Array] = {}
+
+    def keep(value: Array) -> Array:
+        entering["value"] = value
+        return value
+
+    def added_product(one: Located, value: Array) -> Array:
+        weight = added[_name_in(pairs, one)]
+        _, order = _parameter(steps, _weight(network, one)) or (
+            0,
+            [*range(weight.ndim)],
+        )
+        weight = weight.transpose(order).astype(
+            steps.avals[_weight(network, one)].dtype
+        )
+        side = _side(network, one)
+        operands = [value, weight] if side == 1 else [weight, value]
+        return compat.bind(one.step.eqn, operands)[0]
+
+    def new_units() -> Array:
+        function = nonlinearity(narrow.layer.activation)
+        return function(added_product(narrow, entering["value"]))
+
+    operand = steps.sites[narrow.operand]
+    if operand is None:
+        raise ValueError(f"what enters {plan.units.layer} is a constant")
+    yield operand, keep
+    for part in plan.readers:
+        reader = pairs[part.layer]
+
+        def add(value: Array, reader: Located = reader) -> Array:
+            return value + added_product(reader, new_units()).astype(value.dtype)
+
+        yield network.site(reader.start), add
+
+
+def _name_in(pairs: dict[str, Located], one: Located) -> str:
+    return next(name for name, other in pairs.items() if other is one)
+
+
+def nonlinearity(name: str | None) -> Callable[[Array], Array]:
+    """Returns the nonlinearity of a name, a ReLU where the name is not known."""
+    if name is None:
+        return lambda values: values
+    found = getattr(jax.nn, name, None) or getattr(jnp, name, None)
+    return found if callable(found) else jax.nn.relu

@@ -1,0 +1,178 @@
+"""A layer with more units: the wide network written by hand is the oracle."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nnsanity.tracing.layers import inspect
+from nnsanity.tracing.replace import replaced
+from nnsanity.tracing.widen import nonlinearity, widening
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(6, 5)), jnp.float32)
+IMAGES = jnp.asarray(RNG.normal(size=(2, 6, 6, 3)), jnp.float32)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def mlp(p, x):
+    x = jnp.tanh(x @ p["w1"] + p["b1"])
+    x = jax.nn.relu(x @ p["w2"])
+    return x @ p["w3"] + p["b3"]
+
+
+PARAMS = {
+    "w1": normal(5, 4),
+    "b1": jnp.zeros(4),
+    "w2": normal(4, 2),
+    "w3": normal(2, 3),
+}
+PARAMS["b3"] = normal(3)
+
+
+def transposed(p, x):
+    x = jnp.tanh(x @ p["w1"].T + p["b1"])
+    x = jax.nn.relu(x @ p["w2"].T)
+    return x @ p["w3"].T + p["b3"]
+
+
+def vector(p, x):
+    one = lambda x: p["w3"] @ jax.nn.relu(p["w2"] @ jnp.tanh(p["w1"] @ x))  # noqa: E731
+    return jax.vmap(one)(x) + p["b3"]
+
+
+TRANSPOSED = {k: v.T if v.ndim == 2 else v for k, v in PARAMS.items()}
+
+
+def in_calls(p, x):
+    return jax.jit(jax.checkpoint(mlp))(p, x)
+
+
+def rewritten_halves(p, x):
+    half = lambda h, w: jax.nn.relu(h @ w)  # noqa: E731
+    x = half(jnp.tanh(x @ p["w1"] + p["b1"]), p["w2"].astype(jnp.float32))
+    return jax.checkpoint(lambda h: h @ p["w3"])(x) + p["b3"]
+
+
+class Conv(nn.Module):
+    width: int = 2
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3))(x))
+        x = nn.relu(nn.Conv(self.width, (3, 3), strides=2)(x))
+        return nn.Conv(3, (2, 2))(x).mean((1, 2))
+
+
+def rows_of(part, shape):
+    return jax.random.normal(jax.random.key(part.leaf), shape)
+
+
+DENSE = {
+    "plain": (mlp, PARAMS),
+    "transposed": (transposed, TRANSPOSED),
+    "vmap": (vector, TRANSPOSED),
+    "in calls": (in_calls, PARAMS),
+    "half in a checkpoint": (rewritten_halves, PARAMS),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_dense_layer_gets_more_units(name):
+    apply_fn, params = DENSE[name]
+    network = inspect(apply_fn, params, X)
+    plan = widening(network, network.layers[1], more=7)
+    wide = plan.padded(params, rows_of)
+    given, added = plan.split(wide)
+    jax.tree.map(np.testing.assert_array_equal, given, params)
+    assert added.keys() == {"w2", "w3"}
+
+    def squares(function, params):
+        return jnp.mean(function(params, X) ** 2)
+
+    run = replaced(apply_fn, network, {}, wider=plan)
+    found = jax.jit(jax.value_and_grad(lambda p: squares(run, p)))(wide)
+    expected = jax.value_and_grad(lambda p: squares(apply_fn, p))(wide)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        found,
+        expected,
+    )
+
+
+def test_a_convolution_gets_more_channels():
+    params = Conv().init(jax.random.key(0), IMAGES)
+    network = inspect(Conv().apply, params, IMAGES)
+    plan = widening(network, network.layers[1], more=3)
+    wide = plan.padded(params, rows_of)
+    bias = wide["params"]["Conv_1"]["bias"]
+    by_hand = jax.tree.map(lambda leaf: leaf, wide)
+    by_hand["params"]["Conv_1"]["bias"] = jnp.concatenate([bias, jnp.zeros(3)])
+    expected = Conv(width=5).apply(by_hand, IMAGES)
+    found = replaced(Conv().apply, network, {}, wider=plan)(wide, IMAGES)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_skip_carries_is_read_by_all_that_read_it():
+    def residual(p, x):
+        h = jnp.tanh(x @ p["a"])
+        h = h + jnp.tanh(h @ p["b"])
+        return h @ p["c"]
+
+    params = {"a": normal(5, 2), "b": normal(2, 2), "c": normal(2, 3)}
+    network = inspect(residual, params, X)
+    plan = widening(network, network.layers[0], more=4)
+    assert [part.layer for part in plan.readers] == ["b", "c"]
+    wide = plan.padded(params, rows_of)
+    found = replaced(residual, network, {}, wider=plan)(wide, X)
+    h = jnp.tanh(X @ wide["a"])
+    old, new = h[:, :2], h[:, 2:]
+    old = old + jnp.tanh(h @ wide["b"])
+    expected = jnp.concatenate([old, new], 1) @ wide["c"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def flattened(p, x):
+    images = jax.lax.conv(x, p["k"], (1, 1), "SAME")
+    return jax.nn.relu(images).reshape(len(x), -1) @ p["w"]
+
+
+def tied(p, x):
+    return jax.nn.relu(x @ p["w"]) @ p["w"].T
+
+
+def masked(p, x):
+    return jnp.tanh(x @ (p["a"] * jnp.eye(5))) @ p["b"]
+
+
+def scanned(p, x):
+    turn = lambda h, w: (jnp.tanh(h @ w), None)  # noqa: E731
+    return jax.lax.scan(turn, x, p["a"])[0] @ p["b"]
+
+
+@pytest.mark.parametrize(
+    ("apply_fn", "params", "x"),
+    [
+        (flattened, {"k": normal(2, 3, 3, 3), "w": normal(72, 4)}, IMAGES),
+        (tied, {"w": normal(5, 2)}, X),
+        (masked, {"a": normal(5, 5), "b": normal(5, 3)}, X),
+        (scanned, {"a": normal(3, 5, 5), "b": normal(5, 3)}, X),
+        (lambda p, x: x @ p, normal(5, 2), X),
+    ],
+)
+def test_what_can_not_be_widened(apply_fn, params, x):
+    x = x.transpose(0, 3, 1, 2) if x.ndim == 4 else x
+    network = inspect(apply_fn, params, x)
+    assert widening(network, network.layers[0], more=4) is None
+
+
+def test_nonlinearities_by_name():
+    grid = jnp.linspace(-2, 2, 9)
+    np.testing.assert_array_equal(nonlinearity(None)(grid), grid)
+    np.testing.assert_array_equal(nonlinearity("tanh")(grid), jnp.tanh(grid))
+    np.testing.assert_array_equal(nonlinearity("elu")(grid), jax.nn.elu(grid))
+    np.testing.assert_array_equal(nonlinearity("the user's")(grid), jax.nn.relu(grid))

@@ -185,6 +185,8 @@ def _read(problem: Problem, book: _Book) -> None:
         problem.loss_fn, problem.params, batch, apply_fn=problem.apply_fn
     )
     book.measurements["layers"] = tuple(one.layer for one in problem.network.layers)
+    outputs = jax.eval_shape(problem.apply_fn, problem.params, problem.inputs)
+    book.findings += results.judge_labels(outputs, problem.targets)
     by_reason: dict[str, list[str]] = {}
     for name, reason in problem.network.uninspected.items():
         by_reason.setdefault(reason, []).append(name)

@@ -16,6 +16,7 @@ import numpy as np
 from nnsanity._tree import accumulation_dtype, in_float32, is_inexact
 from nnsanity._types import Array, Params, PyTree
 from nnsanity.problem import Problem
+from nnsanity.targets import usual_loss
 from nnsanity.tracing.replace import LayerValues, Replacement, replaced
 
 OFF, ON = np.bool_(0), np.bool_(1)
@@ -178,6 +179,8 @@ def network_of(problem: Problem, copy: Copy) -> Callable:
 
 def quiet_loss_of(problem: Problem, copy: Copy) -> Callable:
     """Returns ``loss_fn`` as a copy runs it."""
+    if problem.usual_loss:
+        return _usual_loss_of(problem, copy)
     return replaced(
         problem.loss_fn,
         problem.network,
@@ -187,10 +190,20 @@ def quiet_loss_of(problem: Problem, copy: Copy) -> Callable:
     )
 
 
+def _usual_loss_of(problem: Problem, copy: Copy) -> Callable:
+    network = network_of(problem, copy)
+
+    def loss_fn(params: Params, batch: tuple[PyTree, PyTree]) -> Array:
+        inputs, targets = batch
+        return usual_loss(network(params, inputs), targets, kind=problem.kind)
+
+    return loss_fn
+
+
 def loss_of(problem: Problem, copy: Copy) -> Callable:
     """Returns ``loss(params, batch, key)`` of a copy."""
     quiet = quiet_loss_of(problem, copy)
-    if problem.train_loss_fn is None:
+    if problem.train_loss_fn is None or problem.usual_loss:
         return lambda params, batch, key: quiet(params, batch)
     noisy = replaced(
         problem.train_loss_fn,

@@ -2,6 +2,7 @@
 
 from nnsanity.data_repairs import data_repairs
 from nnsanity.inner_repairs import inner_repairs
+from nnsanity.loss_repairs import loss_repairs
 from nnsanity.optimizer_repairs import optimizer_repairs
 from nnsanity.problem import Problem
 from nnsanity.repairs import Repair, available_repairs
@@ -14,4 +15,5 @@ def every_repair(problem: Problem) -> tuple[Repair, ...]:
         *available_repairs(problem),
         *data_repairs(problem),
         *optimizer_repairs(problem),
+        *loss_repairs(problem),
     )

@@ -72,7 +72,7 @@ def _width_repairs(problem: Problem) -> tuple[Repair, ...]:
             widen,
             ("width/bottleneck",),
             width.bottleneck(name, widths[name], need, math.nan),
-            wider=plan,
+            rewrite=lambda one: one._replace(wider=plan),
         ),
     )
 

@@ -22,7 +22,6 @@ from nnsanity.arms import (
     joined,
     needed_gain,
 )
-from nnsanity.checks import batch_size
 from nnsanity.copies import Copy
 from nnsanity.every_repair import every_repair
 from nnsanity.findings import Effect, Finding, caused
@@ -33,7 +32,6 @@ from nnsanity.trial import (
     Outcome,
     Trial,
     prepare,
-    prepare_wide,
     train_copies,
     with_inputs,
 )
@@ -46,7 +44,6 @@ MAX_CAUSES = 3
 BUDGET_SECONDS = 45.0
 """How long copies may be trained; what was left out then is in ``skipped``."""
 SLOW_SECONDS = 3.0
-MAX_REPAIRED_STEPS = 2000
 SHARED_GROUPS = ("columns", "inputs", "targets", "weights", "hidden")
 """Repairs that are harmless to make together, the most harmless first."""
 
@@ -82,9 +79,8 @@ class _Lab(NamedTuple):
     """What is needed to train arms."""
 
     problem: Problem
-    trial: Trial
-    other_trial: Trial | None
-    wide_trial: Trial | None
+    trials: dict[tuple[str, ...], Trial]
+    split_key: Array
     keys: tuple[Array, ...]
     start_loss: float
     progress: Progress
@@ -148,9 +144,8 @@ def intervene(
     """
     lab = _Lab(
         problem,
-        trial,
-        _other_trial(problem, trial, split_key),
-        None,
+        {(): trial},
+        split_key,
         _keys(key),
         float(outcomes[0].losses[0]),
         progress,
@@ -164,9 +159,6 @@ def intervene(
         every_repair(problem),
         key=lambda one: not (one.is_suspected or set(one.rules) & set(suspected)),
     )
-    plans = [one.wider for one in repairs]
-    wide_trial = prepare_wide(problem, trial, split_key, plans)
-    lab = lab._replace(wide_trial=wide_trial)
     tried, left_out = _try_singles(lab, original, repairs)
     singles = _best_of_groups(tried)
     best = max((arm.level for arm in singles), default=original.level)
@@ -204,13 +196,21 @@ def _together(pairs: Sequence[tuple[Arm, Arm]]) -> tuple[Attempt, ...]:
     return (Attempt(words, "together", full.levels, full.curve, helped=True),)
 
 
-def _other_trial(problem: Problem, trial: Trial, key: Array) -> Trial | None:
-    """The trial at another batch size, for the same number of examples."""
-    if not batch_size.suspected(problem.batch_size, problem.size):
-        return None
-    examples = trial.num_steps * max(trial.batch_size, batch_size.USUAL)
-    num_steps = min(examples // batch_size.USUAL, MAX_REPAIRED_STEPS)
-    return prepare(problem, key, num_steps=num_steps, batch_size=batch_size.USUAL)
+def _trial_of(lab: _Lab, repairs: Sequence[Repair]) -> Trial:
+    """Returns the trial of the program that repairs make, compiled once for each."""
+    rewriting = [one for one in repairs if one.rewrite is not None]
+    names = tuple(one.name for one in rewriting)
+    if names not in lab.trials:
+        problem = lab.problem
+        for one in rewriting:
+            problem = problem if one.rewrite is None else one.rewrite(problem)
+        lab.trials[names] = prepare(
+            problem,
+            lab.split_key,
+            num_steps=problem.num_steps,
+            batch_size=problem.batch_size,
+        )
+    return lab.trials[names]
 
 
 def _arm(lab: _Lab, repairs: tuple[Repair, ...], outcomes: Sequence[Outcome]) -> Arm:
@@ -234,10 +234,7 @@ def _arm(lab: _Lab, repairs: tuple[Repair, ...], outcomes: Sequence[Outcome]) ->
 
 def _train(lab: _Lab, repairs: Sequence[Repair], seeds: slice) -> Arm:
     """Trains the program with some repairs, from some of the seeds."""
-    sizes = [one.batch_size for one in repairs if one.batch_size is not None]
-    trial = lab.other_trial if sizes and lab.other_trial is not None else lab.trial
-    if lab.wide_trial is not None and any(one.wider for one in repairs):
-        trial = lab.wide_trial
+    trial = _trial_of(lab, repairs)
     for repair in repairs:
         if repair.inputs is not None:
             trial = with_inputs(trial, repair.inputs)
@@ -389,7 +386,7 @@ def _effect(lab: _Lab, repair: Repair, before: Arm, after: Arm, gain: float) -> 
         to_unit(before.level),
         to_unit(after.level),
         measure,
-        lab.trial.num_steps,
+        lab.trials[()].num_steps,
         NUM_SEEDS,
         gain,
         needed_gain(before, after),

@@ -77,7 +77,7 @@ def wants_other_units(problem: Problem, batch: tuple[PyTree, PyTree]) -> bool:
     if problem.kind != "numbers" or problem.head is None:
         return False
     outputs = targets.outputs_in_units(in_float32(batch[1]))
-    loss_of = functools.partial(_loss_of_outputs, problem, batch)
+    loss_of = functools.partial(loss_of_outputs, problem, batch)
     losses = np.asarray(jax.jit(jax.vmap(loss_of))(outputs))
     losses = np.where(np.isfinite(losses), losses, np.inf)
     same, unbounded, other = losses[0], losses[1:3].min(), losses[3:].min()
@@ -92,13 +92,13 @@ def _least_loss(
         return math.nan
     shape = jax.eval_shape(problem.apply_fn, problem.params, batch[0]).shape[1:]
     outputs = candidates(shape, np.asarray(batch[1]), problem.kind)
-    loss_of = functools.partial(_loss_of_outputs, problem, batch)
+    loss_of = functools.partial(loss_of_outputs, problem, batch)
     losses = np.asarray(jax.jit(jax.vmap(loss_of))(outputs))
     finite = losses[np.isfinite(losses)]
     return float(finite.min()) if finite.size else math.nan
 
 
-def _loss_of_outputs(
+def loss_of_outputs(
     problem: Problem, batch: tuple[PyTree, PyTree], outputs: Array
 ) -> Array:
     """Returns the loss of given outputs, those of one example or of a whole batch."""

@@ -39,6 +39,7 @@ class Problem(NamedTuple):
         tokens: whether integer inputs are look-up indices.
         groups: the group of each input feature, or None.
         wider: a layer that copies have more units of, or None.
+        usual_loss: whether copies train on the loss that such targets usually go with.
     """
 
     apply_fn: ApplyFn
@@ -57,6 +58,7 @@ class Problem(NamedTuple):
     tokens: bool
     groups: tuple[int, ...] | None
     wider: Widening | None = None
+    usual_loss: bool = False
 
     @property
     def size(self) -> int:

@@ -27,10 +27,11 @@ from nnsanity.problem import Problem
 from nnsanity.tracing.layers import inspect
 from nnsanity.tracing.paths import depths
 from nnsanity.tracing.replace import penalties
-from nnsanity.tracing.widen import Widening
 from nnsanity.weight_sizes import weight_stats
 
 Change = Callable[[Copy, Array], Copy]
+MAX_REPAIRED_STEPS = 2000
+"""Steps of a copy that trains in smaller batches, at most."""
 
 
 class Repair(NamedTuple):
@@ -43,10 +44,9 @@ class Repair(NamedTuple):
         rules: suspicions that it confirms where it helps, the likeliest first.
         finding: what to say where it helps though nothing was suspected.
         is_suspected: whether it is offered on a suspicion alone.
-        batch_size: of the copy's steps, None for the user's own.
+        rewrite: ``rewrite(problem) -> problem``, where the copy is another program,
+            with shapes or functions of its own; None where it differs in numbers alone.
         inputs: what to train on in the place of the user's inputs, or None.
-        wider: the layer that the copy has more units of, or None; ``change`` then makes
-            its parameters wide.
     """
 
     name: str
@@ -55,9 +55,8 @@ class Repair(NamedTuple):
     rules: tuple[str, ...]
     finding: Finding
     is_suspected: bool = False
-    batch_size: int | None = None
+    rewrite: Callable[[Problem], Problem] | None = None
     inputs: Array | None = None
-    wider: Widening | None = None
 
 
 def available_repairs(problem: Problem) -> tuple[Repair, ...]:
@@ -286,6 +285,13 @@ def _batch_repairs(problem: Problem) -> tuple[Repair, ...]:
             (),
             batch_size.wrong_size(problem.batch_size, size),
             is_suspected=True,
-            batch_size=batch_size.USUAL,
+            rewrite=_with_usual_batches,
         ),
     )
+
+
+def _with_usual_batches(problem: Problem) -> Problem:
+    """Trains on as many examples, in batches of the usual size."""
+    examples = problem.num_steps * max(problem.batch_size, batch_size.USUAL)
+    num_steps = min(examples // batch_size.USUAL, MAX_REPAIRED_STEPS)
+    return problem._replace(batch_size=batch_size.USUAL, num_steps=num_steps)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from nnsanity._tree import in_float32
 from nnsanity._types import Array, PyTree
@@ -123,6 +124,31 @@ def _number_quality(outputs: Array, targets: Array) -> Array:
     return jnp.sum(jnp.where(variance > 0, explained, 0)) / jnp.maximum(
         jnp.sum(variance > 0), 1
     )
+
+
+def usual_loss(outputs: Array, targets: Array, *, kind: str | None) -> Array:
+    """Returns the loss that targets of a kind usually go with.
+
+    Args:
+        outputs: [examples, ...]; logits where the targets are classes.
+        targets: [examples, ...].
+        kind: as ``kind_of_targets`` returns.
+
+    Returns:
+        The mean cross entropy for classes, else the mean squared error.
+    """
+    outputs = in_float32(outputs)
+    if kind == "classes":
+        labels = targets.reshape(outputs.shape[:-1])
+        losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+    elif kind == "one-hot":
+        losses = optax.softmax_cross_entropy(outputs, targets.reshape(outputs.shape))
+    elif kind == "binary":
+        is_positive = in_float32(targets.reshape(outputs.shape) > 0)
+        losses = optax.sigmoid_binary_cross_entropy(outputs, is_positive)
+    else:
+        losses = (outputs - in_float32(targets).reshape(outputs.shape)) ** 2
+    return jnp.mean(losses)
 
 
 def constant_outputs(shape: Sequence[int], targets: np.ndarray, kind: str) -> Array:

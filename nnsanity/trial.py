@@ -1,7 +1,7 @@
 """Short trainings of a network, as it is and with something repaired."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,7 +14,6 @@ from nnsanity._types import Array, Params, PyTree
 from nnsanity.copies import Copy, loss_of, network_of, plain, prepared, quiet_loss_of
 from nnsanity.problem import Problem
 from nnsanity.targets import quality
-from nnsanity.tracing.widen import Widening
 
 HELD_OUT_SHARE = 0.2
 MIN_EXAMPLES_TO_HOLD_OUT = 100
@@ -88,28 +87,6 @@ def prepare(problem: Problem, key: Array, *, num_steps: int, batch_size: int) ->
         rows,
     )
     return Trial(train, plain(problem), marks * per_mark, batch_size)
-
-
-def prepare_wide(
-    problem: Problem, trial: Trial, key: Array, plans: Iterable[Widening | None]
-) -> Trial | None:
-    """The trial of a problem one layer of which has more units, if that is planned.
-
-    Args:
-        problem: with an optimizer.
-        trial: of the same problem.
-        key: as it was given to ``prepare``.
-        plans: how to widen a layer; the first one that is not None counts.
-    """
-    plan = next((one for one in plans if one is not None), None)
-    if plan is None:
-        return None
-    return prepare(
-        problem._replace(wider=plan),
-        key,
-        num_steps=trial.num_steps,
-        batch_size=trial.batch_size,
-    )
 
 
 def with_inputs(trial: Trial, inputs: PyTree) -> Trial:

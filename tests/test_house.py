@@ -52,6 +52,7 @@ FLOORS = {
     "levels": 3,
     "measure": 3,
     "repairs": 3,
+    "loss_repairs": 3,
     "arms": 3,
     "data": 3,
     "births": 3,

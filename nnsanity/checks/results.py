@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nnsanity._types import PyTree
 from nnsanity.errors import ConstantBaseline
 from nnsanity.findings import Finding, listed, number
 from nnsanity.neighbors import Continuity
@@ -149,6 +150,77 @@ def judge_wrong_loss(
             f" targets would be rated worse, {number(perfect)}.",
             "The loss asks for something else than the targets. Check its sign, the"
             " order of its arguments, and that it suits the kind of targets.",
+        ),
+    )
+
+
+def unusual_loss(kind: str) -> Finding:
+    """The finding that the usual loss for such targets learns, where the own does not.
+
+    Args:
+        kind: of the targets.
+    """
+    return Finding(
+        "results/wrong-loss",
+        2,
+        "info",
+        "loss_fn",
+        math.nan,
+        math.nan,
+        "The loss asks for something else than the targets: with"
+        f" {USUAL_LOSSES[kind]} the same network learns what it does not with this.",
+        _LOSS_ADVICE[kind],
+    )
+
+
+USUAL_LOSSES = {
+    "classes": "softmax cross entropy",
+    "one-hot": "softmax cross entropy",
+    "binary": "sigmoid cross entropy",
+    "numbers": "squared error",
+}
+_LOSS_ADVICE = {
+    "classes": "Give the logits to"
+    " optax.softmax_cross_entropy_with_integer_labels and take the mean.",
+    "one-hot": "Give the logits to optax.softmax_cross_entropy and take the mean.",
+    "binary": "Give the logits to optax.sigmoid_binary_cross_entropy and take the"
+    " mean.",
+    "numbers": "Take the mean of (outputs - targets)**2; check axes, signs and weights"
+    " of your own loss against it.",
+}
+
+
+def judge_labels(outputs: PyTree, targets: PyTree) -> tuple[Finding, ...]:
+    """Says whether integer labels point behind the last output.
+
+    Labels that are far outside, as 255 or -1, are taken for those of examples that the
+    loss leaves out.
+
+    Args:
+        outputs: array or shape, [examples, ..., classes].
+        targets: concrete array, [examples, ...].
+    """
+    *examples, num_classes = getattr(outputs, "shape", ()) or (0,)
+    is_labels = hasattr(targets, "dtype") and np.issubdtype(targets.dtype, np.integer)
+    if not is_labels or not examples or tuple(examples) != targets.shape:
+        return ()
+    labels = np.asarray(targets)
+    share = float(np.mean(labels == num_classes))
+    if num_classes < 2 or not share or labels.max() > num_classes:
+        return ()
+    return (
+        Finding(
+            "results/labels-out-of-range",
+            2,
+            "warning",
+            "targets",
+            float(labels.max()),
+            float(num_classes - 1),
+            f"Labels go from {labels.min()} to {labels.max()}, but the network has"
+            f" {num_classes} outputs, 0 to {num_classes - 1}: there is no right one for"
+            f" {number(100 * share)}% of the examples. JAX does not complain about an"
+            " index out of range.",
+            "Count classes from 0, or give the network one more output.",
         ),
     )
 

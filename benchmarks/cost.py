@@ -18,7 +18,7 @@ import networks
 import optax
 
 import nnsanity as ns
-from nnsanity.inside import look_inside
+from nnsanity.trials.inside import look_inside
 
 TURNS = 60
 

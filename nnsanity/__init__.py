@@ -17,29 +17,32 @@ from nnsanity.checks.regularization import (
 )
 from nnsanity.checks.width import WidthProfile, width_profile
 from nnsanity.checkup import checkup
-from nnsanity.clipped import BlockedShare, blocked_share
-from nnsanity.clipping import Clipping, clipping
-from nnsanity.columns import Wraparound, wraparound
-from nnsanity.curvature import Sharpness, sharpness
-from nnsanity.dead import DeadUnits, dead_units, merge_dead_units
-from nnsanity.dependence import (
+from nnsanity.findings import DiagnosisError, Finding
+from nnsanity.lint import lint
+from nnsanity.monitor.state import MonitorState
+from nnsanity.monitor.watch import Monitor, monitor
+from nnsanity.monitor.wrapping import MonitoredState
+from nnsanity.quantities.clipped import BlockedShare, blocked_share
+from nnsanity.quantities.clipping import Clipping, clipping
+from nnsanity.quantities.columns import Wraparound, wraparound
+from nnsanity.quantities.curvature import Sharpness, sharpness
+from nnsanity.quantities.dead import DeadUnits, dead_units, merge_dead_units
+from nnsanity.quantities.dependence import (
     ExampleIndependence,
     InputDependence,
     example_independence,
     input_dependence,
 )
-from nnsanity.dormant import DormantUnits, dormant_units, merge_dormant_units
-from nnsanity.errors import (
+from nnsanity.quantities.dormant import DormantUnits, dormant_units, merge_dormant_units
+from nnsanity.quantities.errors import (
     ConstantBaseline,
     WorstExamples,
     constant_baseline,
     worst_examples,
 )
-from nnsanity.example_norms import example_gradient_norms
-from nnsanity.findings import DiagnosisError, Finding
-from nnsanity.gradient_sizes import GradientStats, gradient_stats
-from nnsanity.lint import lint
-from nnsanity.moments import (
+from nnsanity.quantities.example_norms import example_gradient_norms
+from nnsanity.quantities.gradient_sizes import GradientStats, gradient_stats
+from nnsanity.quantities.moments import (
     Moments,
     denormalize,
     feature_moments,
@@ -48,52 +51,49 @@ from nnsanity.moments import (
     normalize,
     z_scores,
 )
-from nnsanity.monitor.state import MonitorState
-from nnsanity.monitor.watch import Monitor, monitor
-from nnsanity.monitor.wrapping import MonitoredState
-from nnsanity.neighbors import Continuity, continuity
-from nnsanity.noise_average import (
+from nnsanity.quantities.neighbors import Continuity, continuity
+from nnsanity.quantities.noise_average import (
     NoiseAverage,
     add_noise,
     averaged_noise,
     noise_average,
 )
-from nnsanity.noise_scale import (
+from nnsanity.quantities.noise_scale import (
     NoiseScale,
     gradient_noise_scale,
     leaf_noise_scales,
     value_and_grad_with_noise,
 )
-from nnsanity.outliers import Outliers, outliers
-from nnsanity.overfit import Overfit, overfit_batch
-from nnsanity.rate_curves import LRRange, LRSweep, lr_range, lr_sweep
-from nnsanity.report import Report
-from nnsanity.representation import (
+from nnsanity.quantities.outliers import Outliers, outliers
+from nnsanity.quantities.overfit import Overfit, overfit_batch
+from nnsanity.quantities.rate_curves import LRRange, LRSweep, lr_range, lr_sweep
+from nnsanity.quantities.representation import (
     Invariance,
     RoundtripError,
     invariance,
     roundtrip_error,
 )
-from nnsanity.saturated import (
+from nnsanity.quantities.saturated import (
     SaturatedUnits,
     merge_saturated_units,
     saturated_units,
 )
-from nnsanity.scales import (
+from nnsanity.quantities.scales import (
     Normalization,
     TargetScale,
     normalization,
     target_scale,
 )
-from nnsanity.signal_gain import SignalGain, signal_gain, unit_gradients
+from nnsanity.quantities.signal_gain import SignalGain, signal_gain, unit_gradients
+from nnsanity.quantities.training_noise import LossNoise, noise
+from nnsanity.quantities.weight_sizes import WeightStats, weight_stats
+from nnsanity.report import Report
 from nnsanity.signals import Signals, activations, value_and_grad
 from nnsanity.tracing.averaged import averaged_terms
 from nnsanity.tracing.bounds import Bounds, output_bounds
 from nnsanity.tracing.layers import Layer, Uninspected, layers
 from nnsanity.tracing.noise import Dropout, dropout_rates
 from nnsanity.tracing.nonfinite import Birth, FirstNonfinite, Places, first_nonfinite
-from nnsanity.training_noise import LossNoise, noise
-from nnsanity.weight_sizes import WeightStats, weight_stats
 
 __version__ = "0.1.0"
 

@@ -8,33 +8,38 @@ import optax
 
 from nnsanity._tree import finite_leaves, inexact_leaves
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree, TrainLossFn
-from nnsanity.births import with_births
 from nnsanity.checks import (
     final_activation,
     initialization,
     learning_rate,
     results,
 )
-from nnsanity.data import examine_data, judge_rounding
-from nnsanity.dynamics import measure_dynamics
 from nnsanity.findings import CONSEQUENCES, Finding, listed
-from nnsanity.inside import judge_network, measure_network
-from nnsanity.interventions import Diagnosis, intervene, train_original, untouched
-from nnsanity.invariances import judge_invariances, named_transforms
-from nnsanity.levels import FAILED, LEARNED, unit_of
 from nnsanity.lint import lint
-from nnsanity.measure import (
+from nnsanity.report import Report
+from nnsanity.tracing.bounds import output_bounds
+from nnsanity.trials.births import with_births
+from nnsanity.trials.data import examine_data, judge_rounding
+from nnsanity.trials.dynamics import measure_dynamics
+from nnsanity.trials.inside import judge_network, measure_network
+from nnsanity.trials.interventions import (
+    Diagnosis,
+    intervene,
+    train_original,
+    untouched,
+)
+from nnsanity.trials.invariances import judge_invariances, named_transforms
+from nnsanity.trials.levels import FAILED, LEARNED, unit_of
+from nnsanity.trials.measure import (
     constant_loss,
     data_loss,
     some_examples,
     training_noise,
     wants_other_units,
 )
-from nnsanity.problem import Problem, checked_problem
-from nnsanity.report import Report
-from nnsanity.tracing.bounds import output_bounds
-from nnsanity.trial import prepare
-from nnsanity.verdicts import judge_outcomes
+from nnsanity.trials.problem import Problem, checked_problem
+from nnsanity.trials.trial import prepare
+from nnsanity.trials.verdicts import judge_outcomes
 
 LIMITED = frozenset(
     {

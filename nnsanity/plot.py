@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from nnsanity.moments import Moments
+from nnsanity.quantities.moments import Moments
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from nnsanity.rate_curves import LRRange, LRSweep
+    from nnsanity.quantities.rate_curves import LRRange, LRSweep
     from nnsanity.report import Report
 
 INK, QUIET, GOOD, BAD = "#2b2b2b", "#b5bac1", "#1b7f6b", "#c0392b"

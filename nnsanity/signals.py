@@ -11,11 +11,11 @@ from jax.dtypes import float0
 
 from nnsanity._tree import in_float32, is_inexact
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree
+from nnsanity.quantities.units import dead_of, is_thresholded, never_active
 from nnsanity.tracing.compat import zeros_of
 from nnsanity.tracing.layers import Located, Network, Uninspected, inspect
 from nnsanity.tracing.steps import Site
 from nnsanity.tracing.tap import Reading, Readings, Slots, Taps, evaluate, varied
-from nnsanity.units import dead_of, is_thresholded, never_active
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -5,8 +5,8 @@ import pytest
 
 import nnsanity as ns
 from nnsanity import plot
-from nnsanity.arms import Attempt
-from nnsanity.trial import Outcome
+from nnsanity.trials.arms import Attempt
+from nnsanity.trials.trial import Outcome
 
 NONE = np.zeros(3)
 CURVE = np.array([0.0, 0.1, 0.2])

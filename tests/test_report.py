@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nnsanity import DiagnosisError, Finding, Layer, Report
-from nnsanity.moments import feature_moments
+from nnsanity.quantities.moments import feature_moments
 
 LONG = "the number is large and the sentence about it goes on and on " * 5
 

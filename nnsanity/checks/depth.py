@@ -15,7 +15,7 @@ import numpy as np
 from nnsanity._tree import in_float32
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree
 from nnsanity.findings import Finding, number
-from nnsanity.passage import (
+from nnsanity.quantities.passage import (
     Look,
     SeenByLook,
     after,
@@ -23,10 +23,10 @@ from nnsanity.passage import (
     places,
     seen_both_ways,
 )
-from nnsanity.signal_gain import gradients_by_depth
+from nnsanity.quantities.signal_gain import gradients_by_depth
+from nnsanity.quantities.units import by_unit
 from nnsanity.tracing.layers import Located, Network, Uninspected, inspect
 from nnsanity.tracing.paths import depths, on_every_way
-from nnsanity.units import by_unit
 
 USUAL_DEPTH = 8
 """Layers in a row up to which depth by itself is not suspected (D. Holden)."""

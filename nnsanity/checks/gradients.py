@@ -12,10 +12,10 @@ import numpy as np
 
 from nnsanity._tree import is_inexact, leaf_names
 from nnsanity._types import Params
-from nnsanity.dead import DeadUnits
 from nnsanity.findings import NO_LIMITS, Finding, Limits, listed, number
-from nnsanity.gradient_sizes import GradientStats
-from nnsanity.saturated import SaturatedUnits
+from nnsanity.quantities.dead import DeadUnits
+from nnsanity.quantities.gradient_sizes import GradientStats
+from nnsanity.quantities.saturated import SaturatedUnits
 from nnsanity.tracing.layers import Located, Network
 from nnsanity.tracing.reach import Cut, Reach
 

@@ -11,13 +11,13 @@ import numpy as np
 
 from nnsanity._tree import finite_leaves, inexact_leaves, is_inexact, leaf_names
 from nnsanity._types import Params
-from nnsanity.drawing import chance_interval, initializer, needed_gain
 from nnsanity.findings import NO_LIMITS, Finding, Limits, listed, number
-from nnsanity.passage import Place, places, weight
-from nnsanity.signal_gain import SignalGain
+from nnsanity.quantities.drawing import chance_interval, initializer, needed_gain
+from nnsanity.quantities.passage import Place, places, weight
+from nnsanity.quantities.signal_gain import SignalGain
+from nnsanity.quantities.weight_sizes import WeightStats
 from nnsanity.tracing.layers import Located, Network
 from nnsanity.tracing.paths import on_every_way
-from nnsanity.weight_sizes import WeightStats
 
 GAIN_FACTOR = 2.0
 """How far a gain may lie off the one that its nonlinearity needs."""

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from nnsanity.findings import NO_LIMITS, Finding, Limits, listed, number
-from nnsanity.moments import Moments
-from nnsanity.outliers import Outliers
-from nnsanity.scales import Normalization, TargetScale, vary_throughout
+from nnsanity.quantities.moments import Moments
+from nnsanity.quantities.outliers import Outliers
+from nnsanity.quantities.scales import Normalization, TargetScale, vary_throughout
 
 RMS_RANGE = (0.1, 10.0)
 """Healthy root mean square of a feature; initializers assume about 1."""

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from nnsanity._tree import in_float32
 from nnsanity._types import Array
-from nnsanity.columns import CODE_ORDER, Codes, Cycle, Wraparound
 from nnsanity.findings import Finding, listed, number
-from nnsanity.neighbors import JUMP, Continuity
-from nnsanity.representation import Invariance
+from nnsanity.quantities.columns import CODE_ORDER, Codes, Cycle, Wraparound
+from nnsanity.quantities.neighbors import JUMP, Continuity
+from nnsanity.quantities.representation import Invariance
 
 FORCED_LIMIT = 0.1
 """Healthy share of the targets' variance between examples with equal inputs."""

@@ -17,9 +17,14 @@ import optax
 
 from nnsanity._tree import in_float32
 from nnsanity._types import Array, LossFn, Params, PyTree
-from nnsanity.descent import check_loss, check_optimizer, floats_of, with_floats
-from nnsanity.example_norms import check_apart, check_examples
 from nnsanity.findings import Finding, number
+from nnsanity.quantities.descent import (
+    check_loss,
+    check_optimizer,
+    floats_of,
+    with_floats,
+)
+from nnsanity.quantities.example_norms import check_apart, check_examples
 from nnsanity.tracing.layers import inspect
 from nnsanity.tracing.replace import replaced
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from nnsanity._types import PyTree
-from nnsanity.errors import ConstantBaseline
 from nnsanity.findings import Finding, listed, number
-from nnsanity.neighbors import Continuity
-from nnsanity.overfit import Overfit
+from nnsanity.quantities.errors import ConstantBaseline
+from nnsanity.quantities.neighbors import Continuity
+from nnsanity.quantities.overfit import Overfit
 from nnsanity.tracing.mixing import Mixing
 
 START_LIMIT = 3.0

@@ -15,9 +15,9 @@ import numpy as np
 
 from nnsanity._types import ApplyFn, Array, Params, PyTree
 from nnsanity.findings import Finding, listed, number
-from nnsanity.passage import Look, Seen, SeenByLook, after, seen_forward
+from nnsanity.quantities.passage import Look, Seen, SeenByLook, after, seen_forward
+from nnsanity.quantities.units import Spread, spread_of_units
 from nnsanity.tracing.layers import Located, Network, Uninspected
-from nnsanity.units import Spread, spread_of_units
 
 UNITS_FOR_EACH_CLASS = 5
 UNITS_FOR_EACH_NUMBER = 2

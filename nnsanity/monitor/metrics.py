@@ -5,7 +5,7 @@ import numpy as np
 
 from nnsanity._types import Array
 from nnsanity.monitor.state import MonitorState, Names
-from nnsanity.units import dead_fraction
+from nnsanity.quantities.units import dead_fraction
 
 
 def metrics_of(

@@ -10,9 +10,9 @@ import numpy as np
 from nnsanity._tree import is_inexact, leaf_names
 from nnsanity._types import Array, LossFn, Params, PyTree
 from nnsanity.findings import listed
+from nnsanity.quantities.units import is_thresholded
 from nnsanity.signals import Signals
 from nnsanity.tracing.layers import inspect
-from nnsanity.units import is_thresholded
 
 Leaves = tuple[tuple[str, tuple[int, ...]], ...]
 

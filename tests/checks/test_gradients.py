@@ -14,9 +14,9 @@ from nnsanity.checks.gradients import (
     judge_saturated_units,
     judge_unchanged,
 )
-from nnsanity.dead import DeadUnits, dead_units
-from nnsanity.gradient_sizes import GradientStats, gradient_stats
-from nnsanity.saturated import saturated_units
+from nnsanity.quantities.dead import DeadUnits, dead_units
+from nnsanity.quantities.gradient_sizes import GradientStats, gradient_stats
+from nnsanity.quantities.saturated import saturated_units
 from nnsanity.tracing.layers import inspect
 from nnsanity.tracing.reach import reach
 

@@ -15,10 +15,15 @@ from nnsanity.checks.initialization import (
     judge_symmetry,
     worst_scale,
 )
-from nnsanity.drawing import chance_interval, needed_gain, redrawn, without_biases
-from nnsanity.signal_gain import gain_of
+from nnsanity.quantities.drawing import (
+    chance_interval,
+    needed_gain,
+    redrawn,
+    without_biases,
+)
+from nnsanity.quantities.signal_gain import gain_of
+from nnsanity.quantities.weight_sizes import weight_stats
 from nnsanity.tracing.layers import inspect
-from nnsanity.weight_sizes import weight_stats
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)

@@ -12,10 +12,10 @@ from nnsanity.checks.normalization import (
     judge_targets,
     unstandardized,
 )
-from nnsanity.data import judge_rounding
-from nnsanity.moments import feature_moments, merge_moments, z_scores
-from nnsanity.outliers import outliers
-from nnsanity.scales import normalization, target_scale
+from nnsanity.quantities.moments import feature_moments, merge_moments, z_scores
+from nnsanity.quantities.outliers import outliers
+from nnsanity.quantities.scales import normalization, target_scale
+from nnsanity.trials.data import judge_rounding
 
 RNG = np.random.default_rng(0)
 NORMAL = RNG.normal(size=(400, 4))

@@ -14,7 +14,7 @@ from nnsanity.checks.regularization import (
     penalty_pull,
     weight_decay,
 )
-from nnsanity.training_noise import noise
+from nnsanity.quantities.training_noise import noise
 
 RNG = np.random.default_rng(0)
 PARAMS = {"w": jnp.array([3.0, -4.0]), "b": jnp.zeros(2), "n": jnp.array(3)}

@@ -4,8 +4,11 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from nnsanity.example_norms import example_gradient_norms
-from nnsanity.noise_scale import gradient_noise_scale, value_and_grad_with_noise
+from nnsanity.quantities.example_norms import example_gradient_norms
+from nnsanity.quantities.noise_scale import (
+    gradient_noise_scale,
+    value_and_grad_with_noise,
+)
 from nnsanity.tracing.coupling import coupled_lines
 
 WEIGHTS = {"w": jnp.ones((3, 4)), "u": jnp.ones((4, 4))}

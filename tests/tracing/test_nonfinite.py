@@ -8,9 +8,9 @@ import optax
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from nnsanity.births import with_births
 from nnsanity.checks.results import judge_start
 from nnsanity.tracing.nonfinite import first_nonfinite
+from nnsanity.trials.births import with_births
 
 PARAMS = {
     "w1": jnp.ones((3, 4)),

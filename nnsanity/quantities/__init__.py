@@ -1,0 +1,1 @@
+"""Single quantities of data, networks and trainings; one file each."""

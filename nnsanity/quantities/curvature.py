@@ -1,0 +1,246 @@
+"""How sharply the loss bends: the largest eigenvalue of its Hessian."""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnsanity._tree import accumulation_dtype, in_float32
+from nnsanity._types import Array, LossFn, Params, PyTree
+from nnsanity.quantities.descent import check_loss, described, floats_of, with_floats
+
+_BREAKDOWN = 10.0
+"""Residuals under so many units of rounding mean that no new direction is left."""
+
+
+class Sharpness(NamedTuple):
+    """The largest eigenvalue of the Hessian of a loss.
+
+    Attributes:
+        eigenvalue: float32[], in units of the loss over the square of a parameter.
+            Gradient descent is stable at rates under 2 / eigenvalue.
+        residual: float32[], |H v - eigenvalue v| for the unit vector v that was found;
+            an eigenvalue of H lies within it.  Healthy is well under the eigenvalue;
+            otherwise ask for more iterations.
+    """
+
+    eigenvalue: Array
+    residual: Array
+
+
+def sharpness(
+    loss_fn: LossFn, params: Params, batch: PyTree, *, key: Array, num_iterations: int
+) -> Sharpness:
+    """Measures the largest eigenvalue of the Hessian of the loss by the parameters.
+
+    The most positive one, also where the most negative is larger in size.  Gradient
+    descent is stable at rates under 2 / eigenvalue, with momentum m under
+    2 (1 + m) / eigenvalue; worry where the rate is above.  It is approached from
+    below: what comes back is never above the truth, beyond rounding.  Networks that
+    train at a constant rate are driven to this edge, so measure it early.
+
+    Lanczos iterations, each vector orthogonal to all before it.  Costs
+    ``num_iterations + 1`` products of the Hessian with a vector, each about two to
+    three gradients, and memory for ``num_iterations`` copies of the parameters in
+    float32, sharded as they are; without the copies rounding would bring back what was
+    found already, and the vector could not be built.  10 to 30 iterations are usual.
+    Half precision limits the products themselves to two or three digits, which the
+    residual shows.
+
+    Args:
+        loss_fn: ``loss_fn(params, batch) -> scalar``, twice differentiable.
+        params: any pytree of arrays; leaves that are not floating-point are constants.
+        batch: any pytree.
+        key: consumed; the first vector.
+        num_iterations: at least 1; more than there are parameters do no harm.
+
+    Returns:
+        ``Sharpness``; 0 for a loss without curvature, NaN where the products are not
+        finite.
+
+    Raises:
+        TypeError: if the key is not a key, or ``num_iterations`` not an int.
+        ValueError: if ``loss_fn`` does not return a scalar, there are no parameters or
+            no iterations.
+
+    Example:
+        >>> loss_fn = lambda x, curvatures: 0.5 * jnp.sum(curvatures * x**2)
+        >>> found = sharpness(
+        ...     loss_fn,
+        ...     jnp.ones(3),
+        ...     jnp.array([4.0, 1.0, -9.0]),
+        ...     key=jax.random.key(0),
+        ...     num_iterations=3,
+        ... )
+        >>> round(float(found.eigenvalue), 4)
+        4.0
+
+    References:
+        Lanczos (1950), "An iteration method for the solution of the eigenvalue
+        problem".
+        LeCun, Simard and Pearlmutter (1992), "Automatic learning rate maximization by
+        on-line estimation of the Hessian's eigenvectors".
+        Cohen et al. (2021), "Gradient descent on neural networks typically occurs at
+        the edge of stability".
+    """
+    _check_key(key)
+    try:
+        num_iterations = operator.index(num_iterations)
+    except (TypeError, jax.errors.TracerIntegerConversionError):
+        raise TypeError(
+            f"sharpness: num_iterations must be an int, got {num_iterations!r}; under"
+            " jit mark it as static"
+        ) from None
+    if num_iterations < 1:
+        raise ValueError(
+            f"sharpness: num_iterations must be at least 1, got {num_iterations}; 20"
+            " are usual"
+        )
+    return _sharpness(loss_fn, num_iterations, params, batch, key)
+
+
+def _check_key(key: Array) -> None:
+    dtype, shape = getattr(key, "dtype", None), np.shape(key)
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    is_raw = dtype == jnp.uint32 and shape in ((2,), (4,))
+    if not (is_raw or (is_typed and shape == ())):
+        raise TypeError(
+            f"sharpness: key must be one random key, got {described(key)}; use"
+            " jax.random.key(0)"
+        )
+
+
+Vector = list[Array]
+"""A direction in the space of parameters: an array for each floating-point leaf."""
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sharpness(
+    loss_fn: LossFn, num_iterations: int, params: Params, batch: PyTree, key: Array
+) -> Sharpness:
+    check_loss("sharpness", loss_fn, params, batch)
+    leaves = jax.tree.leaves(floats_of(params))
+    gradient = jax.grad(lambda leaves: loss_fn(with_floats(params, leaves), batch))
+
+    def product(vector: Vector) -> Vector:
+        """The Hessian times a vector of the dtypes of the parameters."""
+        _, products = jax.jvp(gradient, (leaves,), (vector,))
+        # By a complex parameter, jax.grad returns the conjugate of the direction.
+        return [in_float32(jnp.conj(one)) for one in products]
+
+    start = _random_like(leaves, key)
+    vector = _ritz_vector(product, leaves, start, num_iterations)
+    applied = product(vector)
+    vector = [in_float32(one) for one in vector]
+    # Half precision has rounded the vector, so its length is measured and not assumed.
+    square = _inner(vector, vector)
+    eigenvalue = _inner(vector, applied) / square
+    rest = _plus(applied, vector, -eigenvalue)
+    residual = _length(rest) / jnp.sqrt(square)
+    return Sharpness(eigenvalue.astype(jnp.float32), residual.astype(jnp.float32))
+
+
+def _random_like(leaves: Vector, key: Array) -> Vector:
+    keys = jax.random.split(key, len(leaves))
+    # Added to zeros of the parameters, so that it is sharded as they are.
+    return [
+        jax.random.normal(one, leaf.shape, accumulation_dtype(leaf))
+        + 0 * in_float32(leaf)
+        for one, leaf in zip(keys, leaves, strict=True)
+    ]
+
+
+def _ritz_vector(
+    product: Callable[[Vector], Vector],
+    leaves: Vector,
+    start: Vector,
+    num_iterations: int,
+) -> Vector:
+    """Returns the best unit vector of the Krylov space, in the parameters' dtypes."""
+    rows = jnp.arange(num_iterations)
+    start = _scaled(start, 1 / _length(start))
+    basis = [0 * jnp.stack([one] * num_iterations) for one in start]
+    tolerance = _BREAKDOWN * jnp.finfo(_inner(start, start).dtype).eps
+
+    def iterate(state: tuple, row: Array) -> tuple[tuple, tuple]:
+        basis, vector, size, is_alive = state
+        basis = [
+            jnp.where(_along(rows == row, old), one[None], old)
+            for one, old in zip(vector, basis, strict=True)
+        ]
+        applied = product(_rounded(vector, leaves))
+        alpha = _inner(vector, applied)
+        size = jnp.maximum(size, _length(applied))
+        rest = _orthogonal(_orthogonal(applied, basis), basis)
+        beta = _length(rest)
+        goes_on = is_alive & (beta > tolerance * size)
+        beta = jnp.where(goes_on, beta, 0)
+        following = _scaled(
+            rest, jnp.where(goes_on, 1 / jnp.where(goes_on, beta, 1), 0)
+        )
+        return (basis, following, size, goes_on), (alpha, beta, is_alive)
+
+    zero = 0 * _inner(start, start)
+    state: tuple = (basis, start, zero, zero == 0)
+    (basis, *_), (alphas, betas, is_alive) = jax.lax.scan(iterate, state, rows)
+    weights = _largest_eigenvector(alphas, betas[:-1], is_alive)
+    vector = [jnp.sum(_along(weights, one) * one, axis=0) for one in basis]
+    return _rounded(vector, leaves)
+
+
+def _largest_eigenvector(alphas: Array, betas: Array, is_alive: Array) -> Array:
+    """Of a tridiagonal matrix, without the rows after a breakdown."""
+    size = jnp.max(jnp.abs(alphas)) + jnp.max(jnp.abs(betas), initial=0.0)
+    # Out of the way: their zeros would lie above a negative spectrum.
+    diagonal = jnp.where(is_alive, alphas, -4 * size - 1)
+    matrix = jnp.diag(diagonal) + jnp.diag(betas, 1) + jnp.diag(betas, -1)
+    is_finite = jnp.all(jnp.isfinite(matrix))
+    _, vectors = jnp.linalg.eigh(jnp.where(is_finite, matrix, 0))
+    return jnp.where(is_finite, vectors[:, -1], jnp.nan)
+
+
+def _inner(one: Vector, two: Vector) -> Array:
+    """The inner product over all leaves, complex numbers as pairs."""
+    parts = [jnp.sum((jnp.conj(a) * b).real) for a, b in zip(one, two, strict=True)]
+    return functools.reduce(operator.add, parts)
+
+
+def _length(vector: Vector) -> Array:
+    return jnp.sqrt(_inner(vector, vector))
+
+
+def _along(weights: Array, rows: Array) -> Array:
+    """Shapes one number for each row so that it meets the rows."""
+    return weights.reshape(-1, *(1,) * (rows.ndim - 1))
+
+
+def _scaled(vector: Vector, factor: Array) -> Vector:
+    return [one * factor.astype(one.dtype) for one in vector]
+
+
+def _plus(vector: Vector, other: Vector, factor: Array) -> Vector:
+    return [one + two for one, two in zip(vector, _scaled(other, factor), strict=True)]
+
+
+def _orthogonal(vector: Vector, basis: Vector) -> Vector:
+    """Takes out what lies along the rows of the basis.
+
+    Products and sums, no matrix product: those are rounded on accelerators.
+    """
+    parts = [
+        jnp.sum((jnp.conj(rows) * one[None]).real, axis=tuple(range(1, rows.ndim)))
+        for one, rows in zip(vector, basis, strict=True)
+    ]
+    along = functools.reduce(operator.add, parts)
+    return [
+        one - jnp.sum(_along(along, rows).astype(rows.dtype) * rows, axis=0)
+        for one, rows in zip(vector, basis, strict=True)
+    ]
+
+
+def _rounded(vector: Vector, leaves: Vector) -> Vector:
+    return [one.astype(leaf.dtype) for one, leaf in zip(vector, leaves, strict=True)]

@@ -1,0 +1,1 @@
+"""What a checkup trains, repairs and judges."""

@@ -1,0 +1,97 @@
+"""How far a program came with some repairs, and whether that is clearly better."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from nnsanity.trials.repairs import Repair
+
+MIN_GAIN = 0.1
+"""Gain in quality that a repair must bring; a difference of this size between a faulty
+program and its repaired twin is worth a finding."""
+MIN_GAIN_BY_CHANCE = 0.2
+"""The same for another learning rate, loss or other weights: nearly every healthy
+program could learn somewhat more from some other choice of these."""
+MIN_SHARE = 0.2
+"""Share of what is missing to a perfect quality that a repair must bring."""
+
+
+class Attempt(NamedTuple):
+    """One repair that was tried, or several together.
+
+    Attributes:
+        repair: what was done, as the subject of a sentence.
+        group: repairs of one group exclude each other; ``"together"`` for several.
+        levels: float[seeds], quality that it reached; 1 is perfect, 0 a constant.
+        curve: float[marks + 1], quality of the first seed on its way.
+        helped: whether it learned clearly better than the original, from every seed.
+    """
+
+    repair: str
+    group: str
+    levels: np.ndarray
+    curve: np.ndarray
+    helped: bool
+
+
+class Arm(NamedTuple):
+    """A set of repairs and how far it came.
+
+    Attributes:
+        repairs: what was done to the copy; empty for the original.
+        levels: float[seeds], quality.
+        held_out: float[seeds], quality on held-out examples alone.
+        curve: float[marks + 1], quality of the first seed on its way.
+    """
+
+    repairs: tuple[Repair, ...]
+    levels: np.ndarray
+    held_out: np.ndarray
+    curve: np.ndarray
+
+    @property
+    def level(self) -> float:
+        """Median over the seeds."""
+        return float(np.median(self.levels))
+
+
+def joined(first: Arm, rest: Arm) -> Arm:
+    """Joins what the same repairs reached from other seeds."""
+    return first._replace(
+        levels=np.concatenate([first.levels, rest.levels]),
+        held_out=np.concatenate([first.held_out, rest.held_out]),
+    )
+
+
+def attempt_of(arm: Arm, *, helped: bool) -> Attempt:
+    """Returns what is shown of an arm with a single repair."""
+    (repair,) = arm.repairs
+    return Attempt(repair.name, repair.group, arm.levels, arm.curve, helped)
+
+
+def gain_of(before: Arm, after: Arm) -> float:
+    """How much better a copy learned; memorizing alone does not count."""
+    held_out = _differences(before.held_out, after.held_out)
+    gains = _differences(before.levels, after.levels)
+    return float(min(np.median(gains), 2 * np.median(held_out)))
+
+
+def _differences(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Compares seed by seed; below a constant output all are equally bad."""
+    seeds = min(len(before), len(after))
+    return np.maximum(after[:seeds], 0) - np.maximum(before[:seeds], 0)
+
+
+def needed_gain(before: Arm, after: Arm | None = None) -> float:
+    """The gain that counts, of what was repaired last."""
+    groups = [] if after is None else [one.group for one in after.repairs]
+    is_chance = groups in (["rate"], ["weights"], ["loss"])
+    least = MIN_GAIN_BY_CHANCE if is_chance else MIN_GAIN
+    return max(least, MIN_SHARE * (1 - max(before.level, 0.0)))
+
+
+def helps(before: Arm, after: Arm) -> bool:
+    """Tells whether a copy learned clearly better, and from every seed."""
+    gains = _differences(before.levels, after.levels)
+    is_enough = gain_of(before, after) >= needed_gain(before, after)
+    return is_enough and bool((gains > 0).all())

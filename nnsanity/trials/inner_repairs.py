@@ -1,0 +1,100 @@
+"""Repairs inside of a network: of its biases, and of the width of a layer."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from nnsanity._types import Array, Params
+from nnsanity.checks import initialization, width
+from nnsanity.quantities.drawing import needed_gain, without_biases
+from nnsanity.quantities.weight_sizes import weight_stats
+from nnsanity.tracing.layers import Located
+from nnsanity.tracing.widen import Part, Widening, widening
+from nnsanity.trials.copies import Copy
+from nnsanity.trials.inside import need_of, waists
+from nnsanity.trials.measure import some_examples
+from nnsanity.trials.problem import Problem
+from nnsanity.trials.repairs import Repair
+
+
+def inner_repairs(problem: Problem) -> tuple[Repair, ...]:
+    """Lists what can be repaired inside of a problem's network."""
+    if not problem.network.layers:
+        return ()
+    return (*_bias_repairs(problem), *_width_repairs(problem))
+
+
+def _bias_repairs(problem: Problem) -> tuple[Repair, ...]:
+    inputs = some_examples(problem)[0]
+    stats = weight_stats(problem.apply_fn, problem.params, inputs)
+    found = initialization.judge_biases(stats, problem.network)
+    if not found:
+        return ()
+
+    def zero(copy: Copy, key: Array) -> Copy:
+        del key
+        return copy._replace(params=without_biases(problem.network, copy.params))
+
+    return (
+        Repair(
+            "starting the biases at zero",
+            "weights",
+            zero,
+            ("initialization/large-bias",),
+            found[0],
+        ),
+    )
+
+
+def _width_repairs(problem: Problem) -> tuple[Repair, ...]:
+    """Widens the narrowest layer that all has to pass, if the outputs need more."""
+    need = need_of(problem)
+    widths = waists(problem.network)
+    if need is None or not widths:
+        return ()
+    name = min(widths, key=lambda one: widths[one])
+    if not need.is_narrow(widths[name]):
+        return ()
+    (narrow,) = (one for one in problem.network.layers if one.layer.name == name)
+    units = max(need.guideline, width.WIDE_UNITS)
+    plan = widening(problem.network, narrow, more=units - narrow.layer.units)
+    if plan is None:
+        return ()
+
+    def widen(copy: Copy, key: Array) -> Copy:
+        return copy._replace(params=_drawn(problem, plan, copy, key))
+
+    return (
+        Repair(
+            f"giving {name} {plan.more} more units",
+            "hidden",
+            widen,
+            ("width/bottleneck",),
+            width.bottleneck(name, widths[name], need, math.nan),
+            rewrite=lambda one: one._replace(wider=plan),
+        ),
+    )
+
+
+def _drawn(problem: Problem, plan: Widening, copy: Copy, key: Array) -> Params:
+    """Draws the weights of the new units, of the size that a wide layer needs."""
+    layers = {one.layer.name: one for one in problem.network.layers}
+
+    def draw(part: Part, shape: tuple[int, ...]) -> Array:
+        one = layers[part.layer]
+        more = 0 if part is plan.units else plan.more
+        scale = needed_gain(one) / math.sqrt(_fan_in(one) + more * _window(one, part))
+        own_key = jax.random.fold_in(key, part.leaf)
+        return scale * jax.random.normal(own_key, shape, jnp.float32)
+
+    return plan.padded(copy.params, draw)
+
+
+def _fan_in(one: Located) -> int:
+    return max(one.layer.fan_in, 1)
+
+
+def _window(one: Located, part: Part) -> int:
+    """How many terms of each sum one more input adds: the window of a convolution."""
+    return max(one.layer.fan_in // part.size, 1)

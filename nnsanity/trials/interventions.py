@@ -1,0 +1,394 @@
+"""Turns suspicions into causes: repairs a copy and trains it beside the original.
+
+Single repairs first.  Where none of them is enough, all of them together, and then one
+is taken back at a time: what the repaired program can do without was no cause.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from nnsanity._types import Array
+from nnsanity.findings import Effect, Finding, caused
+from nnsanity.trials.arms import (
+    MIN_GAIN,
+    Arm,
+    Attempt,
+    attempt_of,
+    gain_of,
+    helps,
+    joined,
+    needed_gain,
+)
+from nnsanity.trials.copies import Copy
+from nnsanity.trials.every_repair import every_repair
+from nnsanity.trials.levels import FAILED, LEARNED, curve_of, last, level_of, unit_of
+from nnsanity.trials.problem import Problem
+from nnsanity.trials.repairs import Repair
+from nnsanity.trials.trial import (
+    Outcome,
+    Trial,
+    prepare,
+    train_copies,
+    with_inputs,
+)
+
+NUM_SEEDS = 3
+FIRST_SEED, OTHER_SEEDS, ALL_SEEDS = slice(1), slice(1, None), slice(None)
+SUSPICION_BONUS = 0.15
+"""What a suspicion adds to the gain of its repair when causes are ranked."""
+MAX_CAUSES = 3
+BUDGET_SECONDS = 45.0
+"""How long copies may be trained; what was left out then is in ``skipped``."""
+SLOW_SECONDS = 3.0
+SHARED_GROUPS = ("columns", "inputs", "targets", "weights", "hidden")
+"""Repairs that are harmless to make together, the most harmless first."""
+
+Progress = Callable[[str], None]
+
+
+class Diagnosis(NamedTuple):
+    """What the trial and its interventions showed.
+
+    Attributes:
+        outcomes: of the user's own program, one for each seed.
+        level: its quality, the median over the seeds.
+        num_steps: how long it was trained.
+        causes: findings with their effects, the largest first.
+        ruled_out: repairs that did not help.
+        skipped: what was not tried, and why.
+        attempts: every repair that was tried by itself, in the order of trying, then
+            those that it takes together.
+        curve: quality at each mark, of the first seed of the original.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    level: float
+    num_steps: int
+    causes: tuple[Finding, ...]
+    ruled_out: tuple[str, ...]
+    skipped: dict[str, str]
+    attempts: tuple[Attempt, ...]
+    curve: np.ndarray
+
+
+class _Lab(NamedTuple):
+    """What is needed to train arms."""
+
+    problem: Problem
+    trials: dict[tuple[str, ...], Trial]
+    split_key: Array
+    keys: tuple[Array, ...]
+    start_loss: float
+    progress: Progress
+    deadline: float
+
+
+def train_original(problem: Problem, trial: Trial, key: Array) -> tuple[Outcome, ...]:
+    """Trains the user's own program with several seeds.
+
+    Stops after two where a training is long and the network learns well.
+    """
+    outcomes: list[Outcome] = []
+    for one in _keys(key):
+        began = time.monotonic()
+        outcomes += train_copies(trial, [(trial.plain, one)])
+        is_slow = len(outcomes) > 1 and time.monotonic() - began > SLOW_SECONDS
+        start = float(outcomes[0].losses[0])
+        if is_slow and level_of(problem, outcomes[-1], start) >= LEARNED:
+            break
+    return tuple(outcomes)
+
+
+def _keys(key: Array) -> tuple[Array, ...]:
+    return tuple(jax.random.fold_in(key, seed) for seed in range(NUM_SEEDS))
+
+
+def untouched(
+    problem: Problem, trial: Trial, outcomes: tuple[Outcome, ...]
+) -> Diagnosis:
+    """Returns how the original learned, with nothing repaired."""
+    start = float(outcomes[0].losses[0])
+    level = float(np.median([level_of(problem, one, start) for one in outcomes]))
+    skipped = {"interventions": "switched off"}
+    curve = curve_of(problem, outcomes[0], start)
+    return Diagnosis(outcomes, level, trial.num_steps, (), (), skipped, (), curve)
+
+
+def intervene(
+    problem: Problem,
+    trial: Trial,
+    outcomes: tuple[Outcome, ...],
+    suspicions: Sequence[Finding],
+    *,
+    key: Array,
+    split_key: Array,
+    progress: Progress,
+) -> Diagnosis:
+    """Repairs copies of a program that does not learn well and trains them beside it.
+
+    Costs one training per repair, three for each one that seems to help, and about
+    twenty more where no single one is enough.
+
+    Args:
+        problem: with an optimizer.
+        trial: as ``prepare`` returns.
+        outcomes: of the original, as ``train_original`` returns with the same key.
+        suspicions: findings whose rules say what to try first.
+        key: the same as that of the original, so that both see the same batches.
+        split_key: as given to ``prepare``.
+        progress: called with a line of text now and then.
+    """
+    lab = _Lab(
+        problem,
+        {(): trial},
+        split_key,
+        _keys(key),
+        float(outcomes[0].losses[0]),
+        progress,
+        time.monotonic() + BUDGET_SECONDS,
+    )
+    original = _arm(lab, (), outcomes)
+    if original.level >= LEARNED:
+        return untouched(problem, trial, outcomes)._replace(skipped={})
+    suspected = {finding.rule: finding for finding in reversed(suspicions)}
+    repairs = sorted(
+        every_repair(problem),
+        key=lambda one: not (one.is_suspected or set(one.rules) & set(suspected)),
+    )
+    tried, left_out = _try_singles(lab, original, repairs)
+    singles = _best_of_groups(tried)
+    best = max((arm.level for arm in singles), default=original.level)
+    joint: list[tuple[Arm, Arm]] = []
+    if best < LEARNED - MIN_GAIN:
+        joint = _joint_causes(lab, original, repairs, best)
+    pairs = joint or [(original, arm) for arm in singles]
+    causes = _ranked(lab, original, pairs, suspected)
+    helped = {one.name for _, arm in pairs for one in arm.repairs}
+    helped |= {arm.repairs[0].name for arm, has_helped in tried if has_helped}
+    ruled_out = tuple(
+        one.name for one in repairs if one.name not in helped and one not in left_out
+    )
+    skipped = {one.name: "its training did not fit the budget" for one in left_out}
+    if time.monotonic() > lab.deadline:
+        skipped["repairs together"] = "not all of their trainings fitted the budget"
+    return untouched(problem, trial, outcomes)._replace(
+        causes=causes,
+        ruled_out=ruled_out,
+        skipped=skipped,
+        attempts=(
+            *(attempt_of(arm, helped=one) for arm, one in tried),
+            *_together(pairs if joint else ()),
+        ),
+    )
+
+
+def _together(pairs: Sequence[tuple[Arm, Arm]]) -> tuple[Attempt, ...]:
+    """What the needed repairs reached, all of them in place."""
+    if len(pairs) < 2:
+        return ()
+    names = [arm.repairs[0].name for _, arm in pairs]
+    words = f"{', '.join(names[:-1])} and {names[-1]}"
+    full = pairs[0][1]
+    return (Attempt(words, "together", full.levels, full.curve, helped=True),)
+
+
+def _trial_of(lab: _Lab, repairs: Sequence[Repair]) -> Trial:
+    """Returns the trial of the program that repairs make, compiled once for each."""
+    rewriting = [one for one in repairs if one.rewrite is not None]
+    names = tuple(one.name for one in rewriting)
+    if names not in lab.trials:
+        problem = lab.problem
+        for one in rewriting:
+            problem = problem if one.rewrite is None else one.rewrite(problem)
+        lab.trials[names] = prepare(
+            problem,
+            lab.split_key,
+            num_steps=problem.num_steps,
+            batch_size=problem.batch_size,
+        )
+    return lab.trials[names]
+
+
+def _arm(lab: _Lab, repairs: tuple[Repair, ...], outcomes: Sequence[Outcome]) -> Arm:
+    # Other inputs may change the unit of a loss that looks at them, too.
+    other_inputs = any(one.group == "inputs" for one in repairs)
+    levels = [
+        level_of(
+            lab.problem,
+            one,
+            float(one.losses[0]) if other_inputs else lab.start_loss,
+        )
+        for one in outcomes
+    ]
+    held_out = [
+        last(one.quality) if lab.problem.kind is not None else level
+        for one, level in zip(outcomes, levels, strict=True)
+    ]
+    curve = curve_of(lab.problem, outcomes[0], float(outcomes[0].losses[0]))
+    return Arm(repairs, np.array(levels), np.array(held_out), curve)
+
+
+def _train(lab: _Lab, repairs: Sequence[Repair], seeds: slice) -> Arm:
+    """Trains the program with some repairs, from some of the seeds."""
+    trial = _trial_of(lab, repairs)
+    for repair in repairs:
+        if repair.inputs is not None:
+            trial = with_inputs(trial, repair.inputs)
+    copies = []
+    for key in lab.keys[seeds]:
+        copy: Copy = trial.plain
+        for repair in repairs:
+            copy = repair.change(copy, key)
+        copies.append((copy, key))
+    return _arm(lab, tuple(repairs), train_copies(trial, copies))
+
+
+def _try_singles(
+    lab: _Lab, original: Arm, repairs: Iterable[Repair]
+) -> tuple[list[tuple[Arm, bool]], list[Repair]]:
+    """Tries every repair by itself, from one seed and if that helps from all.
+
+    Returns:
+        Each arm and whether it helped; and the repairs for which there was no time.
+    """
+    tried = []
+    left_out = []
+    for repair in repairs:
+        if time.monotonic() > lab.deadline:
+            left_out.append(repair)
+            continue
+        arm = _train(lab, (repair,), FIRST_SEED)
+        lab.progress(f"{repair.name}: {original.level:.2f} -> {arm.level:.2f}")
+        has_helped = helps(original, arm)
+        if has_helped:
+            arm = joined(arm, _train(lab, (repair,), OTHER_SEEDS))
+            has_helped = helps(original, arm)
+        tried.append((arm, has_helped))
+    return tried, left_out
+
+
+def _best_of_groups(tried: Sequence[tuple[Arm, bool]]) -> list[Arm]:
+    best: dict[str, Arm] = {}
+    for arm, has_helped in tried:
+        group = arm.repairs[0].group
+        rival = best.get(group)
+        if has_helped and (rival is None or arm.level > rival.level + 0.02):
+            best[group] = arm
+    return list(best.values())
+
+
+def _joint_causes(
+    lab: _Lab, original: Arm, repairs: Sequence[Repair], best: float
+) -> list[tuple[Arm, Arm]]:
+    """Repairs everything at once and finds out which repairs are needed.
+
+    Returns:
+        For each needed repair the arm without it and the arm with all of them; empty
+        where repairing everything is no better than the best single repair.
+    """
+    chosen: Arm | None = None
+    for repaired in _combinations(repairs):
+        if time.monotonic() > lab.deadline:
+            break
+        arm = _train(lab, repaired, FIRST_SEED)
+        if chosen is None or arm.level > chosen.level + MIN_GAIN / 2:
+            chosen = arm
+    if chosen is None or chosen.level < best + needed_gain(original):
+        return []
+    names = ", ".join(one.name for one in chosen.repairs)
+    lab.progress(f"together, {names}: {original.level:.2f} -> {chosen.level:.2f}")
+    needed = _without_needless(lab, chosen)
+    full = _train(lab, needed, ALL_SEEDS)
+    if not helps(original, full):
+        return []
+    if len(needed) == 1:
+        return [(original, full)]
+    pairs = [
+        (_train(lab, _but(needed, one), ALL_SEEDS), full._replace(repairs=(one,)))
+        for one in needed
+    ]
+    return [(before, after) for before, after in pairs if helps(before, after)]
+
+
+def _combinations(repairs: Sequence[Repair]) -> list[tuple[Repair, ...]]:
+    """Lists growing sets of repairs, each at several rates."""
+    by_group = {
+        group: [r for r in repairs if r.group == group] for group in SHARED_GROUPS
+    }
+    growing: list[tuple[Repair, ...]] = [()]
+    for group in SHARED_GROUPS:
+        if by_group[group]:
+            growing.append((*growing[-1], by_group[group][0]))
+    heads = [one for one in repairs if one.group == "head"]
+    sets = growing[2:] or growing[1:]
+    sets += [(*growing[-1], head) for head in heads]
+    sets += [(growing[1][0], head) for head in heads] if len(growing) > 1 else []
+    rates = [one for one in repairs if one.group == "rate"]
+    return [(*one, *rate) for one in sets for rate in ((), *((r,) for r in rates))]
+
+
+def _but(repairs: tuple[Repair, ...], left_out: Repair) -> tuple[Repair, ...]:
+    return tuple(one for one in repairs if one is not left_out)
+
+
+def _without_needless(lab: _Lab, arm: Arm) -> tuple[Repair, ...]:
+    """Takes back one repair after the other, as long as the copy learns as well."""
+    needed, level = arm.repairs, arm.level
+    for repair in reversed(arm.repairs):
+        rest = _but(needed, repair)
+        if rest and _train(lab, rest, FIRST_SEED).level >= level - MIN_GAIN:
+            needed = rest
+    return needed
+
+
+def _ranked(
+    lab: _Lab,
+    original: Arm,
+    pairs: Sequence[tuple[Arm, Arm]],
+    suspected: Mapping[str, Finding],
+) -> tuple[Finding, ...]:
+    """Words the causes, the ones with the largest effect and a suspicion first."""
+    scored = []
+    for before, after in pairs:
+        (repair,) = after.repairs
+        gain = gain_of(before, after)
+        rule = next((rule for rule in repair.rules if rule in suspected), None)
+        finding = repair.finding if rule is None else suspected[rule]
+        if repair.group == "rate":
+            finding = _rate_finding(repair, suspected)
+            rule = finding.rule if finding.rule in suspected else None
+        effect = _effect(lab, repair, before, after, gain)
+        severity = "error" if original.level <= FAILED else "warning"
+        is_suspected = rule is not None or repair.is_suspected
+        bonus = SUSPICION_BONUS if is_suspected else 0.0
+        scored.append((gain + bonus, caused(finding, effect, severity)))
+    scored.sort(key=lambda pair: -pair[0])
+    return tuple(finding for _, finding in scored[:MAX_CAUSES])
+
+
+def _rate_finding(repair: Repair, suspected: Mapping[str, Finding]) -> Finding:
+    """Says by how much the rate is wrong, with what its losses showed."""
+    finding = repair.finding
+    diverged = suspected.get("learning-rate/diverges")
+    if finding.rule == "learning-rate/too-low" or diverged is None:
+        return finding
+    return diverged._replace(message=f"{diverged.message} {finding.message}")
+
+
+def _effect(lab: _Lab, repair: Repair, before: Arm, after: Arm, gain: float) -> Effect:
+    measure, to_unit = unit_of(lab.problem)
+    return Effect(
+        repair.name,
+        to_unit(before.level),
+        to_unit(after.level),
+        measure,
+        lab.trials[()].num_steps,
+        NUM_SEEDS,
+        gain,
+        needed_gain(before, after),
+        bool(before.repairs),
+    )

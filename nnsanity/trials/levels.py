@@ -1,0 +1,57 @@
+"""How much a training learned, on a scale from a constant output to perfect."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from nnsanity._types import Array
+from nnsanity.trials.problem import Problem
+from nnsanity.trials.trial import Outcome
+
+LEARNED = 0.9
+"""Quality from which on a network counts as learning well: nothing is repaired."""
+FAILED = 0.1
+"""Quality up to which a network counts as not learning."""
+
+
+def level_of(problem: Problem, outcome: Outcome, start_loss: float) -> float:
+    """Returns how much was learned: 0 is a constant output, 1 is perfect.
+
+    The mean of the qualities on examples that were trained on and on others, each the
+    median of the last three marks.  Where outputs can't be compared with targets, the
+    share by which the loss fell.
+    """
+    if problem.kind is not None:
+        seen, held_out = last(outcome.seen_quality), last(outcome.quality)
+        return (seen + held_out) / 2
+    end = last(outcome.losses)
+    if not np.isfinite(end) or not np.isfinite(start_loss):
+        return -1.0
+    return float(np.clip((start_loss - end) / max(abs(start_loss), 1e-6), -1, 1))
+
+
+def curve_of(problem: Problem, outcome: Outcome, start_loss: float) -> np.ndarray:
+    """Returns how much was learned at each mark, as ``level_of`` measures it."""
+    if problem.kind is not None:
+        return (np.asarray(outcome.seen_quality) + np.asarray(outcome.quality)) / 2
+    fallen = (start_loss - np.asarray(outcome.losses)) / max(abs(start_loss), 1e-6)
+    return np.where(np.isfinite(fallen), np.clip(fallen, -1, 1), -1)
+
+
+def last(curve: Array) -> float:
+    """Returns the median of the last three marks of a curve."""
+    return float(np.median(np.asarray(curve)[-3:]))
+
+
+def unit_of(problem: Problem) -> tuple[str, Callable[[float], float]]:
+    """Returns what quality is called for a problem, and how to write it."""
+    if problem.kind is None:
+        return "share by which the loss fell", lambda level: level
+    if problem.kind == "numbers":
+        return "explained share of the variance", lambda level: max(level, 0.0)
+    targets = np.asarray(problem.targets)
+    if problem.kind == "one-hot":
+        targets = targets.reshape(len(targets), -1).argmax(axis=-1)
+    _, counts = np.unique(targets, return_counts=True)
+    chance = counts.max() / counts.sum()
+    return "accuracy", lambda level: max(chance + level * (1 - chance), 0.0)

@@ -1,0 +1,58 @@
+"""A repair of the loss: the usual one for such targets in the place of the user's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnsanity._types import Array
+from nnsanity.checks import results
+from nnsanity.quantities.targets import usual_loss
+from nnsanity.trials.copies import HEAD_LEFT_OUT, Copy
+from nnsanity.trials.measure import loss_of_outputs, some_examples
+from nnsanity.trials.problem import Problem
+from nnsanity.trials.repairs import Repair
+
+NUM_OUTPUTS = 16
+"""How many random outputs two losses are compared on."""
+SAME = 0.999
+"""Correlation from which on two losses ask for the same."""
+_SQUASHING = {None: lambda x: x, "softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
+
+
+def loss_repairs(problem: Problem) -> tuple[Repair, ...]:
+    """Lists the usual loss, where the user's own asks for something else."""
+    kind, head = problem.kind, problem.head
+    if kind is None or head is None or _is_usual(problem):
+        return ()
+
+    def of_logits(copy: Copy, key: Array) -> Copy:
+        del key
+        is_number = kind == "numbers"
+        return copy if is_number else copy._replace(head=jnp.int32(HEAD_LEFT_OUT))
+
+    return (
+        Repair(
+            f"{results.USUAL_LOSSES[kind]} in the place of the loss",
+            "loss",
+            of_logits,
+            (),
+            results.unusual_loss(kind),
+            rewrite=lambda one: one._replace(usual_loss=True),
+        ),
+    )
+
+
+def _is_usual(problem: Problem) -> bool:
+    """Tells whether the loss rates random outputs as the usual one does."""
+    head = problem.head
+    if head is None or head.layer.activation not in _SQUASHING:
+        return False
+    batch = some_examples(problem)
+    shape = jax.eval_shape(problem.apply_fn, problem.params, batch[0]).shape
+    # A fixed key: the outputs are a yardstick, no part of the report's chance.
+    outputs = jax.random.normal(jax.random.key(0), (NUM_OUTPUTS, *shape))
+    squash = _SQUASHING[head.layer.activation]
+    theirs = jax.vmap(lambda one: loss_of_outputs(problem, batch, squash(one)))
+    usual = jax.vmap(lambda one: usual_loss(one, batch[1], kind=problem.kind))
+    both = np.stack([jax.jit(theirs)(outputs), jax.jit(usual)(outputs)])
+    return bool(np.isfinite(both).all() and np.corrcoef(both)[0, 1] >= SAME)

@@ -1,0 +1,77 @@
+"""Repairs that hand the optimizer other numbers: no weight decay, no clipping."""
+
+import functools
+
+import jax.numpy as jnp
+
+from nnsanity.checks import learning_rate, regularization
+from nnsanity.quantities.clipping import clipping, scales_with_weights, update_degree
+from nnsanity.trials.dynamics import attempted, share_of_clipped_steps
+from nnsanity.trials.problem import Problem
+from nnsanity.trials.repairs import Repair
+
+LOWER = 0.1
+"""Factor of the rate without clipping."""
+SMALL = {0: 2.0**-6, 1: 2.0**-30}
+"""Factor of gradients that are not clipped, by the degree of the optimizer; where it
+divides by their size, they must stay above its epsilon."""
+
+
+def optimizer_repairs(problem: Problem) -> tuple[Repair, ...]:
+    """Lists the repairs that make sense for a problem.
+
+    Args:
+        problem: as given.
+    """
+    if problem.optimizer is None:
+        return ()
+    repairs: tuple[Repair, ...] = ()
+    for make in (_without_decay, _without_clipping):
+        repairs += attempted({}, "", functools.partial(make, problem)) or ()
+    return repairs
+
+
+def _without_decay(problem: Problem) -> tuple[Repair, ...]:
+    """Gives the optimizer zeros for the parameters, so that nothing of them decays."""
+    decay = regularization.weight_decay(problem.optimizer, problem.params)
+    if not bool(jnp.any(decay > 0)) or bool(
+        scales_with_weights(problem.optimizer, problem.params)
+    ):
+        return ()
+    return (
+        Repair(
+            "leaving out the weight decay",
+            "penalty",
+            lambda copy, key: copy._replace(weight_scale=jnp.float32(0)),
+            (),
+            regularization.too_strong("decay"),
+        ),
+    )
+
+
+def _without_clipping(problem: Problem) -> tuple[Repair, ...]:
+    """Scales the gradients down below the limit, and the updates up again."""
+    found = clipping(problem.optimizer, problem.params)
+    if not bool(jnp.any(found.clips)):
+        return ()
+    size = jnp.min(found.threshold) / 8
+    degree = float(update_degree(problem.optimizer, problem.params, size=size))
+    power = round(degree) if abs(degree - round(degree)) < 0.05 else None
+    if power not in SMALL:
+        return ()
+    small = SMALL[power]
+    weight = small if power else 1.0
+    rate = LOWER / small**power
+    return (
+        Repair(
+            f"training without clipping at {LOWER:g} times the learning rate",
+            "rate",
+            lambda copy, key: copy._replace(
+                gradient_scale=jnp.float32(small),
+                weight_scale=jnp.float32(weight),
+                update_scale=jnp.float32(rate),
+            ),
+            ("learning-rate/clipping-active",),
+            learning_rate.clipping_active(share_of_clipped_steps(problem)),
+        ),
+    )

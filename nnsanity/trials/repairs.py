@@ -1,0 +1,297 @@
+"""Repairs: what can be changed on a copy, and which suspicion each of them tests."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nnsanity._types import Array, PyTree
+from nnsanity.checks import (
+    batch_size,
+    depth,
+    final_activation,
+    gradients,
+    initialization,
+    learning_rate,
+    normalization,
+    regularization,
+)
+from nnsanity.findings import Finding
+from nnsanity.quantities import scales
+from nnsanity.quantities.drawing import redrawn
+from nnsanity.quantities.moments import Moments, feature_moments, group_moments
+from nnsanity.quantities.weight_sizes import weight_stats
+from nnsanity.tracing.layers import inspect
+from nnsanity.tracing.paths import depths
+from nnsanity.tracing.replace import penalties
+from nnsanity.trials.copies import HEAD_LEFT_OUT, HEAD_SQUASHED, OFF, ON, Copy
+from nnsanity.trials.measure import training_noise
+from nnsanity.trials.problem import Problem
+
+Change = Callable[[Copy, Array], Copy]
+MAX_REPAIRED_STEPS = 2000
+"""Steps of a copy that trains in smaller batches, at most."""
+
+
+class Repair(NamedTuple):
+    """One thing that can be repaired on a copy.
+
+    Attributes:
+        name: what is done, as the subject of a sentence.
+        group: repairs of one group exclude each other.
+        change: ``change(copy, key) -> copy``; changes compose.
+        rules: suspicions that it confirms where it helps, the likeliest first.
+        finding: what to say where it helps though nothing was suspected.
+        is_suspected: whether it is offered on a suspicion alone.
+        rewrite: ``rewrite(problem) -> problem``, where the copy is another program,
+            with shapes or functions of its own; None where it differs in numbers alone.
+        inputs: what to train on in the place of the user's inputs, or None.
+    """
+
+    name: str
+    group: str
+    change: Change
+    rules: tuple[str, ...]
+    finding: Finding
+    is_suspected: bool = False
+    rewrite: Callable[[Problem], Problem] | None = None
+    inputs: Array | None = None
+
+
+def available_repairs(problem: Problem) -> tuple[Repair, ...]:
+    """Lists the repairs that make sense for a problem."""
+    return (
+        *_input_repairs(problem),
+        *_target_repairs(problem),
+        *_rate_repairs(),
+        *_weight_repairs(problem),
+        *_head_repairs(problem),
+        *_hidden_repairs(problem),
+        *_regularization_repairs(problem),
+        *_batch_repairs(problem),
+    )
+
+
+def _input_repairs(problem: Problem) -> tuple[Repair, ...]:
+    leaves = jax.tree.leaves(problem.inputs)
+    if problem.tokens or not all(leaf.size for leaf in leaves):
+        return ()
+    shift, scale = standardizing(problem, problem.inputs)
+    return (
+        Repair(
+            "standardizing the inputs",
+            "inputs",
+            lambda copy, key: copy._replace(input_shift=shift, input_scale=scale),
+            (
+                "normalization/unnormalized-inputs",
+                "normalization/scale-disparity",
+                "normalization/double-normalized",
+            ),
+            normalization.unstandardized(
+                scales.normalization(leaves[0], groups=_groups(problem, leaves[0])),
+                "inputs",
+            ),
+        ),
+    )
+
+
+def _groups(problem: Problem, leaf: Array) -> tuple[int, ...] | None:
+    return problem.groups if leaf.ndim > 1 else None
+
+
+def standardizing(problem: Problem, inputs: PyTree) -> tuple[PyTree, PyTree]:
+    """Returns what to subtract and divide by, feature by feature or group by group.
+
+    Args:
+        problem: whose groups count.
+        inputs: tree like its inputs.
+    """
+
+    def moments_of(leaf: Array) -> Moments:
+        moments, groups = feature_moments(leaf), _groups(problem, leaf)
+        return moments if groups is None else group_moments(moments, groups=groups)
+
+    moments = jax.tree.map(moments_of, inputs)
+    is_one = lambda node: isinstance(node, Moments)  # noqa: E731
+    shift = jax.tree.map(lambda one: one.mean, moments, is_leaf=is_one)
+    return shift, jax.tree.map(lambda one: one.scale, moments, is_leaf=is_one)
+
+
+def _target_repairs(problem: Problem) -> tuple[Repair, ...]:
+    if problem.kind != "numbers":
+        return ()
+    measured = scales.normalization(problem.targets)
+    shift, scale = measured.moments.mean, measured.moments.scale
+    return (
+        Repair(
+            "standardizing the targets",
+            "targets",
+            lambda copy, key: copy._replace(target_shift=shift, target_scale=scale),
+            ("normalization/unnormalized-targets",),
+            normalization.unstandardized(measured, "targets"),
+        ),
+    )
+
+
+def _rate_repairs() -> tuple[Repair, ...]:
+    return tuple(_rate_repair(factor) for factor in learning_rate.RATE_FACTORS)
+
+
+def _rate_repair(factor: float) -> Repair:
+    lower = ("learning-rate/diverges", "learning-rate/too-high")
+    words = f"{factor:g} times the learning rate"
+    return Repair(
+        words,
+        "rate",
+        lambda copy, key: copy._replace(update_scale=jnp.float32(factor)),
+        lower if factor < 1 else ("learning-rate/too-low",),
+        learning_rate.wrong_rate(factor),
+    )
+
+
+def _weight_repairs(problem: Problem) -> tuple[Repair, ...]:
+    rows = problem.batch(slice(problem.batch_size))[0]
+    stats = weight_stats(problem.apply_fn, problem.params, rows)
+    worst = initialization.worst_scale(stats, problem.network)
+    if worst is None:
+        return ()
+
+    def redraw(copy: Copy, key: Array) -> Copy:
+        params = redrawn(problem.network, copy.params, key)
+        return copy._replace(params=params)
+
+    return (
+        Repair(
+            "drawing fresh weights of the usual size",
+            "weights",
+            redraw,
+            (
+                "initialization/off-scale",
+                "initialization/large-bias",
+                "initialization/signal-grows",
+                "initialization/signal-fades",
+                "gradients/saturated-units",
+                "width/redundant",
+            ),
+            initialization.poor_start(worst.layer),
+        ),
+    )
+
+
+def _head_repairs(problem: Problem) -> tuple[Repair, ...]:
+    head = problem.head
+    if head is None:
+        return ()
+    repairs = []
+    if head.activation is not None:
+        repairs.append(
+            Repair(
+                "leaving out the last activation",
+                "head",
+                lambda copy, key: copy._replace(head=jnp.int32(HEAD_LEFT_OUT)),
+                final_activation.SUSPECTED,
+                final_activation.harmful_head(head, problem.kind),
+            )
+        )
+    if problem.kind in ("classes", "one-hot", "binary"):
+        name = "a sigmoid" if problem.kind == "binary" else "a softmax"
+        repairs.append(
+            Repair(
+                f"{name} as the last activation",
+                "head",
+                lambda copy, key: copy._replace(head=jnp.int32(HEAD_SQUASHED)),
+                final_activation.UNSQUASHED,
+                final_activation.unsquashed_head(head, name),
+            )
+        )
+    return tuple(repairs)
+
+
+def _hidden_repairs(problem: Problem) -> tuple[Repair, ...]:
+    hidden = [
+        one
+        for one in problem.network.layers
+        if one.activation is not None and one is not problem.head
+    ]
+    if not hidden:
+        return ()
+    names = sorted({one.layer.activation or "" for one in hidden})
+    repairs = [
+        Repair(
+            f"a leaky ReLU in the place of {' and '.join(names)}",
+            "hidden",
+            lambda copy, key: copy._replace(leaky=ON),
+            (
+                "gradients/nonfinite",
+                "gradients/vanishing",
+                "gradients/dead-units",
+                "gradients/exploding",
+            ),
+            gradients.harmful_activation(hidden[0], names),
+        )
+    ]
+    num_layers = depths(problem.network).unskipped
+    if num_layers > depth.USUAL_DEPTH:
+        repairs.append(
+            Repair(
+                "adding skip connections",
+                "hidden",
+                lambda copy, key: copy._replace(skip=ON),
+                ("depth/too-deep", "depth/collapsed-inputs"),
+                depth.too_deep(num_layers),
+            )
+        )
+    return tuple(repairs)
+
+
+def _regularization_repairs(problem: Problem) -> tuple[Repair, ...]:
+    repairs = []
+    if training_noise(problem).varies:
+        repairs.append(
+            Repair(
+                "training without the noise",
+                "noise",
+                lambda copy, key: copy._replace(noise=OFF),
+                (),
+                regularization.too_strong("noise"),
+            )
+        )
+    batch = problem.batch(slice(problem.batch_size))
+    if problem.kind is not None and penalties(
+        inspect(problem.loss_fn, problem.params, batch)
+    ):
+        repairs.append(
+            Repair(
+                "leaving out the penalty",
+                "penalty",
+                lambda copy, key: copy._replace(penalty_scale=jnp.float32(0)),
+                (),
+                regularization.too_strong("penalty"),
+            )
+        )
+    return tuple(repairs)
+
+
+def _batch_repairs(problem: Problem) -> tuple[Repair, ...]:
+    size = problem.size
+    if not batch_size.suspected(problem.batch_size, size):
+        return ()
+    return (
+        Repair(
+            f"batches of {batch_size.USUAL}",
+            "batch",
+            lambda copy, key: copy,
+            (),
+            batch_size.wrong_size(problem.batch_size, size),
+            is_suspected=True,
+            rewrite=_with_usual_batches,
+        ),
+    )
+
+
+def _with_usual_batches(problem: Problem) -> Problem:
+    """Trains on as many examples, in batches of the usual size."""
+    examples = problem.num_steps * max(problem.batch_size, batch_size.USUAL)
+    num_steps = min(examples // batch_size.USUAL, MAX_REPAIRED_STEPS)
+    return problem._replace(batch_size=batch_size.USUAL, num_steps=num_steps)

@@ -1,0 +1,250 @@
+"""Short trainings of a network, as it is and with something repaired."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nnsanity._tree import in_float32, is_inexact, take_examples
+from nnsanity._types import Array, Params, PyTree
+from nnsanity.quantities.targets import quality
+from nnsanity.trials.copies import (
+    Copy,
+    loss_of,
+    network_of,
+    plain,
+    prepared,
+    quiet_loss_of,
+)
+from nnsanity.trials.problem import Problem
+
+HELD_OUT_SHARE = 0.2
+MIN_EXAMPLES_TO_HOLD_OUT = 100
+MAX_EVALUATED = 1000
+NUM_MARKS = 10
+"""At how many times a trial is evaluated after its start."""
+
+
+class Outcome(NamedTuple):
+    """How a training went.
+
+    Attributes:
+        batch_losses: float32[steps], of the batches, before each step.
+        losses: float32[marks + 1], on examples that it trains on, at the start and then
+            at even distances.
+        seen_quality: float32[marks + 1], on the same examples.
+        quality: float32[marks + 1], on examples held out; 1 is perfect, 0 a constant,
+            NaN where outputs can't be compared with targets.
+        validation_losses: float32[marks + 1], on the user's own validation data; NaN
+            where there are none.
+        validation_quality: float32[marks + 1], on the same.
+        params: at the end.
+    """
+
+    batch_losses: Array
+    losses: Array
+    seen_quality: Array
+    quality: Array
+    validation_losses: Array
+    validation_quality: Array
+    params: Params
+
+
+class Trial(NamedTuple):
+    """What is needed to train copies.
+
+    Attributes:
+        train: ``train(copy, key) -> Outcome``, compiled once.
+        plain: the user's own program.
+        num_steps: how long it trains.
+        batch_size: examples in one step.
+    """
+
+    train: functools.partial[Outcome]
+    plain: Copy
+    num_steps: int
+    batch_size: int
+
+
+def prepare(problem: Problem, key: Array, *, num_steps: int, batch_size: int) -> Trial:
+    """Builds the trial of a problem; compiles nothing yet.
+
+    A fifth of the data is held out to tell learning from memorizing, where there are
+    enough examples.
+
+    Args:
+        problem: with an optimizer.
+        key: consumed; which examples are held out.
+        num_steps: steps of every training.
+        batch_size: examples in one step.
+    """
+    seen, held_out = _split(problem, key)
+    batch_size = min(batch_size, len(seen))
+    marks = min(NUM_MARKS, num_steps)
+    per_mark = num_steps // marks
+    rows = (seen, seen[:MAX_EVALUATED], held_out[:MAX_EVALUATED])
+    train = functools.partial(
+        jax.jit(functools.partial(_train, problem, batch_size, marks, per_mark)),
+        problem.batch(slice(None)),
+        take_examples(problem.validation, slice(MAX_EVALUATED)),
+        rows,
+    )
+    return Trial(train, plain(problem), marks * per_mark, batch_size)
+
+
+def with_inputs(trial: Trial, inputs: PyTree) -> Trial:
+    """Returns the trial on other inputs of the same shapes; compiles nothing anew."""
+    (_, targets), *rest = trial.train.args
+    train = functools.partial(trial.train.func, (inputs, targets), *rest)
+    return trial._replace(train=train)
+
+
+def train_copies(trial: Trial, copies: Sequence[tuple[Copy, Array]]) -> list[Outcome]:
+    """Trains copies, each with its own key.
+
+    One after another, by one compiled program.  On a CPU ``vmap`` over the copies was
+    measured to be slower for all but tiny networks.
+    """
+    return [jax.device_get(trial.train(copy, key)) for copy, key in copies]
+
+
+def _split(problem: Problem, key: Array) -> tuple[np.ndarray, np.ndarray]:
+    order = np.asarray(jax.random.permutation(key, problem.size))
+    if problem.size < MIN_EXAMPLES_TO_HOLD_OUT:
+        return order, order
+    num_held_out = min(int(HELD_OUT_SHARE * problem.size), MAX_EVALUATED)
+    return order[num_held_out:], order[:num_held_out]
+
+
+def _train(
+    problem: Problem,
+    batch_size: int,
+    marks: int,
+    per_mark: int,
+    data: tuple[PyTree, PyTree],
+    validation: tuple[PyTree, PyTree] | None,
+    rows: tuple[Array, Array, Array],
+    copy: Copy,
+    key: Array,
+) -> Outcome:
+    """Trains one copy; pure, compiled as one scan."""
+    seen, seen_evaluated, held_out = rows
+    order_key, noise_key = jax.random.split(key)
+    optimizer = optax.with_extra_args_support(problem.optimizer or optax.identity())
+    loss_fn = loss_of(problem, copy)
+    quiet_loss_fn = quiet_loss_of(problem, copy)
+    apply_fn = network_of(problem, copy)
+    num_steps = marks * per_mark
+    batches = _batch_rows(order_key, seen, num_steps, batch_size)
+    noise_keys = jax.random.split(noise_key, num_steps)
+
+    def step(state: tuple, now: tuple) -> tuple[tuple, Array]:
+        params, optimizer_state = state
+        batch_rows, step_key = now
+        batch = prepared(problem, copy, take_examples(data, batch_rows))
+        loss, grads = jax.value_and_grad(loss_fn, allow_int=True)(
+            params, batch, step_key
+        )
+        floats = _floats(params, params)
+        grads = _floats(params, grads)
+        updates, optimizer_state = optimizer.update(
+            _times(copy.gradient_scale, grads),
+            optimizer_state,
+            _times(copy.weight_scale, floats),
+            value=loss,
+            grad=grads,
+            value_fn=lambda moved: loss_fn(
+                _with_floats(params, moved), batch, step_key
+            ),
+        )
+        updates = _times(copy.update_scale, updates)
+        moved = optax.apply_updates(floats, updates)
+        return (_with_floats(params, moved), optimizer_state), loss
+
+    def evaluate(params: Params) -> tuple[Array, ...]:
+        on_seen = prepared(problem, copy, take_examples(data, seen_evaluated))
+        on_held_out = prepared(problem, copy, take_examples(data, held_out))
+        batches = [on_seen, on_held_out]
+        losses = [in_float32(quiet_loss_fn(params, on_seen)), jnp.float32(jnp.nan)]
+        if validation is not None:
+            batches.append(prepared(problem, copy, validation))
+            losses[1] = in_float32(quiet_loss_fn(params, batches[-1]))
+        qualities = _qualities(problem, apply_fn, params, *batches)
+        qualities += [jnp.float32(jnp.nan)] * (3 - len(batches))
+        return (losses[0], *qualities[:2], losses[1], qualities[2])
+
+    def mark(state: tuple, now: tuple) -> tuple[tuple, tuple]:
+        state, losses = jax.lax.scan(step, state, now)
+        return state, (losses, evaluate(state[0]))
+
+    state = (copy.params, optimizer.init(_floats(copy.params, copy.params)))
+    by_mark = jax.tree.map(
+        lambda leaf: leaf.reshape(marks, per_mark, *leaf.shape[1:]),
+        (batches, noise_keys),
+    )
+    (params, _), (batch_losses, later) = jax.lax.scan(mark, state, by_mark)
+    curves = jax.tree.map(
+        lambda first, rest: jnp.concatenate([first[None], rest]),
+        evaluate(copy.params),
+        later,
+    )
+    losses, seen, held, validation_losses, validation_quality = curves
+    return Outcome(
+        in_float32(batch_losses.reshape(-1)),
+        losses,
+        seen,
+        held,
+        validation_losses,
+        validation_quality,
+        params,
+    )
+
+
+def _batch_rows(key: Array, rows: Array, num_steps: int, batch_size: int) -> Array:
+    """Returns int[steps, batch]: the data in a new order for every epoch."""
+    per_epoch = len(rows) // batch_size
+    num_epochs = -(-num_steps // per_epoch)
+    orders = jax.vmap(lambda one: jax.random.permutation(one, rows))(
+        jax.random.split(key, num_epochs)
+    )
+    batches = orders[:, : per_epoch * batch_size].reshape(-1, batch_size)
+    return batches[:num_steps]
+
+
+def _floats(params: Params, tree: PyTree) -> PyTree:
+    """Keeps what stands where the parameters are floating-point, and None elsewhere."""
+    return jax.tree.map(
+        lambda leaf, one: one if is_inexact(leaf) else None, params, tree
+    )
+
+
+def _times(factor: Array, tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), tree)
+
+
+def _with_floats(params: Params, floats: PyTree) -> Params:
+    """Puts back what ``_floats`` left out."""
+    moved = iter(jax.tree.leaves(floats))
+    return jax.tree.map(lambda leaf: next(moved) if is_inexact(leaf) else leaf, params)
+
+
+def _qualities(
+    problem: Problem, apply_fn: Callable, params: Params, *batches: tuple
+) -> list[Array]:
+    """Returns the quality on each batch, from one pass over all of them."""
+    if problem.kind is None:
+        return [jnp.float32(jnp.nan) for _ in batches]
+    inputs = jax.tree.map(
+        lambda *leaves: jnp.concatenate(leaves), *(b[0] for b in batches)
+    )
+    outputs = apply_fn(params, inputs)
+    ends = np.cumsum([len(jax.tree.leaves(batch[0])[0]) for batch in batches])
+    parts = jnp.split(outputs, ends[:-1])
+    return [
+        quality(part, batch[1], problem.kind)
+        for part, batch in zip(parts, batches, strict=True)
+    ]

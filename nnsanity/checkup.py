@@ -39,7 +39,7 @@ from nnsanity.trials.measure import (
 )
 from nnsanity.trials.problem import Problem, checked_problem
 from nnsanity.trials.trial import prepare
-from nnsanity.trials.verdicts import judge_outcomes
+from nnsanity.trials.verdicts import judge_outcomes, without_blame
 
 LIMITED = frozenset(
     {
@@ -307,7 +307,7 @@ def _train(
     found, measured = judge_outcomes(
         problem, diagnosis, tuple(book.findings), book.measurements
     )
-    book.findings += found
+    book.findings = [*without_blame([*book.findings, *found], diagnosis)]
     book.measurements |= measured
     return diagnosis
 

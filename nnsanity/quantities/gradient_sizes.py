@@ -60,6 +60,8 @@ def _leaf_stats(leaf: Array) -> tuple[Array, ...]:
     # Scaled by the largest, the squares neither overflow nor vanish.
     scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     norm = scale * jnp.sqrt(jnp.sum((magnitude / scale) ** 2))
+    # XLA on CPU drops NaN from the maximum of a large array (JAX 0.10, 0.12).
+    largest = jnp.where(jnp.isnan(norm), jnp.nan, largest)
     is_subnormal = _is_subnormal(leaf)
     num_zero = jnp.sum((magnitude == 0) & ~is_subnormal)
     nonfinite = jnp.sum(~jnp.isfinite(magnitude)) / size

@@ -32,6 +32,8 @@ from nnsanity.trials.trial import Outcome
 
 MIN_NEIGHBORHOOD, MAX_NEIGHBORHOOD = 50, 2000
 """Fewest and most examples whose neighbours are compared."""
+SMELLS = frozenset({"learning-rate/outlier-examples"})
+"""Rules that no repair tests: warnings only where nothing else is found."""
 MIN_STEPS_TO_FAIL = 50
 """Steps before which a network is only on its way."""
 CONSTANT_SHARE = 0.95
@@ -93,6 +95,18 @@ def _explained(problem: Problem) -> set[str]:
     found = reach(problem.loss_fn, problem.params, batch)
     reaches = zip(found.names, found.differentiable, strict=True)
     return {name for name, is_reached in reaches if not is_reached}
+
+
+def without_blame(
+    findings: Sequence[Finding], diagnosis: Diagnosis
+) -> tuple[Finding, ...]:
+    """Tells smells as such where the network learns, or something else explains it."""
+    others = [one for one in findings if one.rule not in SMELLS]
+    if diagnosis.level < LEARNED and not _has_alarm((*others, *diagnosis.causes)):
+        return tuple(findings)
+    return tuple(
+        one._replace(severity="info") if one.rule in SMELLS else one for one in findings
+    )
 
 
 def _has_alarm(findings: Sequence[Finding]) -> bool:

@@ -71,6 +71,11 @@ def test_underflow(dtype, tiny, compiled):
     assert column(stats, "zero_fraction") == pytest.approx([0.2])
 
 
+def test_one_nan_among_many_shows_in_the_largest():
+    stats = gradient_stats([jnp.ones(100_000).at[33_333].set(NAN)])
+    assert np.isnan([stats.norm, stats.largest]).all()
+
+
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_nonfinite_gradients(value):
     stats = gradient_stats([jnp.array([1.0, value, 0.0, 2.0]), jnp.ones(4)])

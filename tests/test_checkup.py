@@ -210,3 +210,10 @@ def test_unexplained_failure_names_what_was_ruled_out():
     assert rules(report, "error") + rules(report, "warning")
     assert report.ruled_out
     assert report.summary.startswith("The network does not learn")
+
+
+def test_a_linear_model_has_no_hidden_layer_to_judge():
+    targets = INPUTS @ jnp.array([[1.0], [-0.5], [0.5], [-1.0]])
+    report = checkup(params=drawn(4, 1), data=(INPUTS, targets))
+    assert rules(report, "error", "warning") == []
+    assert "does not" not in report.summary

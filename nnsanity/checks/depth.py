@@ -159,8 +159,8 @@ def judge_depth(profile: DepthProfile, network: Network) -> tuple[Finding, ...]:
     evidence = _lost_gradient(np.asarray(host.gradient))
     hidden = np.asarray(host.cosine)[:-1]
     passed = on_every_way(network)
-    on_way = [place.one.layer.name in passed for place in places(network)][:-1]
-    known = np.flatnonzero(np.isfinite(hidden) & on_way)
+    on_way = [place.one.layer.name in passed for place in places(network)[:-1]]
+    known = np.flatnonzero(np.isfinite(hidden) & np.array(on_way, bool))
     findings = []
     if len(known) > 1:
         first, last = float(hidden[known[0]]), float(hidden[known[-1]])

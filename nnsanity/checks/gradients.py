@@ -103,7 +103,7 @@ def _underflow(names: list[str], fraction: np.ndarray) -> list[Finding]:
             listed(low),
             max(low.values()),
             UNDERFLOW_LIMIT,
-            f"Up to {number(100 * max(low.values()))} % of the gradients that are not 0"
+            f"Up to {number(100 * max(low.values()))}% of the gradients that are not 0"
             " are subnormal in their dtype: they lose digits, and the next smaller ones"
             " are 0.",
             "Keep the parameters in float32 and compute in bfloat16, or multiply the"
@@ -286,7 +286,7 @@ def _saturated(name: str, share: float) -> Finding:
         name,
         share,
         SATURATED_LIMIT,
-        f"{number(100 * share)} % of what enters the nonlinearity of {name} lies where"
+        f"{number(100 * share)}% of what enters the nonlinearity of {name} lies where"
         " it is level: next to no gradient passes.",
         "Normalize the inputs, and draw the weights with"
         " kernel_init=jax.nn.initializers.lecun_normal(), as Flax calls it.",

@@ -132,7 +132,7 @@ def judge_outliers(found: OutlierExamples, num_examples: int) -> tuple[Finding, 
             f"examples {listed(names)}",
             share,
             OUTLIER_LIMIT,
-            f"{len(names)} of {num_examples} examples bring {number(100 * share)} % of"
+            f"{len(names)} of {num_examples} examples bring {number(100 * share)}% of"
             " the squared gradients: they drive the steps.",
             "Look at them: they are wrong, mislabelled or of another unit. Repair or"
             " remove them before you clip gradients or lower the rate.",
@@ -153,7 +153,7 @@ def clipping_active(share: float) -> Finding:
         "optimizer",
         share,
         CLIPPED_LIMIT,
-        f"The optimizer clips {number(100 * share)} % of the gradients.",
+        f"The optimizer clips {number(100 * share)}% of the gradients.",
         "Leave the clipping out and lower the learning rate until the loss falls; if"
         " that does not work, look for outliers among the examples.",
     )

@@ -258,7 +258,7 @@ def _redundant(name: str, mask: np.ndarray) -> Finding | None:
         name,
         share,
         REDUNDANT_SHARE,
-        f"{number(100 * share)} % of the {num_units} units of {name} double another one"
+        f"{number(100 * share)}% of the {num_units} units of {name} double another one"
         " (correlation above 0.999).",
         "Draw the weights anew if units start alike; if they became alike while"
         " training, fewer units do as well.",

@@ -87,7 +87,8 @@ def _harmless(problem: Problem) -> list:
     """Returns the first repair of each harmless group."""
     chosen: dict[str, Any] = {}
     for repair in available_repairs(problem):
-        if repair.group in HARMLESS and repair.inputs is None:
+        is_of_numbers = repair.inputs is None and repair.rewrite is None
+        if repair.group in HARMLESS and is_of_numbers:
             chosen.setdefault(repair.group, repair)
     return list(chosen.values())
 

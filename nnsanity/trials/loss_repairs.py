@@ -44,14 +44,14 @@ def loss_repairs(problem: Problem) -> tuple[Repair, ...]:
 
 def _is_usual(problem: Problem) -> bool:
     """Tells whether the loss rates random outputs as the usual one does."""
-    head = problem.head
-    if head is None or head.layer.activation not in _SQUASHING:
+    activation = None if problem.head is None else problem.head.layer.activation
+    squash = _SQUASHING.get(None if problem.kind == "numbers" else activation)
+    if squash is None:
         return False
     batch = some_examples(problem)
     shape = jax.eval_shape(problem.apply_fn, problem.params, batch[0]).shape
     # A fixed key: the outputs are a yardstick, no part of the report's chance.
     outputs = jax.random.normal(jax.random.key(0), (NUM_OUTPUTS, *shape))
-    squash = _SQUASHING[head.layer.activation]
     theirs = jax.vmap(lambda one: loss_of_outputs(problem, batch, squash(one)))
     usual = jax.vmap(lambda one: usual_loss(one, batch[1], kind=problem.kind))
     both = np.stack([jax.jit(theirs)(outputs), jax.jit(usual)(outputs)])

@@ -1,5 +1,6 @@
 """Runs the checklist on one problem: read, measure, train, repair, judge."""
 
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -19,25 +20,32 @@ from nnsanity.lint import lint
 from nnsanity.report import Report
 from nnsanity.tracing.bounds import output_bounds
 from nnsanity.trials.births import with_births
+from nnsanity.trials.compiled import drop_compiled
 from nnsanity.trials.data import examine_data, judge_rounding
 from nnsanity.trials.dynamics import measure_dynamics
 from nnsanity.trials.inside import judge_network, measure_network
 from nnsanity.trials.interventions import (
+    BUDGET_SECONDS,
     Diagnosis,
     intervene,
     train_original,
     untouched,
 )
-from nnsanity.trials.invariances import judge_invariances, named_transforms
+from nnsanity.trials.invariances import (
+    check_transforms,
+    judge_invariances,
+    named_transforms,
+)
 from nnsanity.trials.levels import FAILED, LEARNED, unit_of
 from nnsanity.trials.measure import (
     constant_loss,
     data_loss,
+    few_examples,
     some_examples,
     training_noise,
     wants_other_units,
 )
-from nnsanity.trials.problem import Problem, checked_problem
+from nnsanity.trials.problem import BATCH_SIZE, Problem, checked_problem
 from nnsanity.trials.trial import prepare
 from nnsanity.trials.verdicts import judge_outcomes, without_blame
 
@@ -64,7 +72,7 @@ def checkup(
     *,
     key: Array,
     optimizer: optax.GradientTransformation | None = None,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     num_steps: int = 300,
     train_loss_fn: TrainLossFn | None = None,
     validation: tuple[PyTree, PyTree] | None = None,
@@ -93,7 +101,8 @@ def checkup(
         key: a PRNG key; consumed.
         optimizer: the optax transformation that you train with.  Without it nothing is
             trained, and suspicions stay suspicions.
-        batch_size: examples in one of your steps.
+        batch_size: examples in one of your steps; all of them where there are fewer
+            than 32.
         num_steps: how many steps you train for; the trial never runs longer.
         train_loss_fn: ``train_loss_fn(params, batch, key) -> scalar`` with dropout on.
         validation: held-out ``(inputs, targets)``, prepared as you prepare them.
@@ -139,7 +148,10 @@ def checkup(
             f"checkup: limits holds rules without a limit, {sorted(unknown)}; it takes"
             f" {sorted(LIMITED)}"
         )
+    if isinstance(ignore, str):
+        raise TypeError(f"checkup: ignore must be a list of rules, got {ignore!r}")
     tell = progress or (lambda line: None)
+    deadline = time.monotonic() + BUDGET_SECONDS
     transforms = named_transforms(invariances)
     problem = checked_problem(
         apply_fn,
@@ -155,21 +167,25 @@ def checkup(
         groups=groups,
     )
     book = _Book(dict(limits or {}))
-    if wants_other_units(problem, some_examples(problem)):
+    if wants_other_units(problem, few_examples(problem)):
         problem = problem._replace(kind=None)
-    book.findings += judge_rounding(data)
+    check_transforms(problem, transforms)
+    book.findings += judge_rounding(tuple(data))
     tell("reading the program")
     _read(problem, book)
     tell("measuring the data and the untrained network")
     _measure_data(problem, book)
     _measure_network(problem, book)
-    diagnosis = _train(problem, book, key, tell, interventions=interventions)
+    diagnosis = _train(
+        problem, book, key, tell, deadline=deadline if interventions else None
+    )
     moved, measured = judge_invariances(problem, transforms, diagnosis)
     book.findings += moved
     book.measurements |= measured
     findings = _in_order(book.findings, diagnosis, set(ignore))
     summary = _summary(problem, diagnosis, book)
     ruled_out = () if diagnosis is None else diagnosis.ruled_out
+    drop_compiled()
     return Report(findings, book.measurements, book.skipped, summary, ruled_out)
 
 
@@ -243,7 +259,7 @@ def _measure_network(problem: Problem, book: _Book) -> None:
     """Measures the untrained network on one large batch."""
     batch = some_examples(problem)
     measured = measure_network(problem, batch)
-    constant = constant_loss(problem, batch)
+    constant = constant_loss(problem, few_examples(problem))
     book.measurements |= measured._asdict() | {"constant_loss": constant}
     dynamics = measure_dynamics(problem, batch)
     book.findings += dynamics.findings
@@ -265,7 +281,7 @@ def _train(
     key: Array,
     tell: Callable[[str], None],
     *,
-    interventions: bool,
+    deadline: float | None,
 ) -> Diagnosis | None:
     """Trains the network as it is, and repaired where it does not learn well."""
     if problem.optimizer is None:
@@ -289,7 +305,7 @@ def _train(
     book.measurements["trial"] = tuple(one._replace(params=None) for one in outcomes)
     book.findings += learning_rate.judge_losses(outcomes[0].batch_losses)
     diagnosis = untouched(problem, trial, outcomes)
-    if interventions:
+    if deadline is not None:
         diagnosis = intervene(
             problem,
             trial,
@@ -297,6 +313,7 @@ def _train(
             book.findings,
             key=train_key,
             split_key=split_key,
+            deadline=deadline,
             progress=tell,
         )
     book.skipped |= diagnosis.skipped

@@ -74,6 +74,9 @@ class DiagnosisError(RuntimeError):
         lines = [f"{one.rule} at {one.where}: {one.message}" for one in self.findings]
         super().__init__("\n".join(lines))
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.findings,)
+
 
 def at_least(findings: Iterable[Finding], severity: str) -> tuple[Finding, ...]:
     """Returns the findings that are at least as severe.

@@ -20,7 +20,7 @@ WIDTH = 88
 _MARKS = {"error": "ERROR", "warning": "WARNING", "info": "note"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Report:
     """The result of a checkup; lives on the host.
 

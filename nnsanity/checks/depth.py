@@ -15,6 +15,7 @@ import numpy as np
 from nnsanity._tree import in_float32
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree
 from nnsanity.findings import Finding, number
+from nnsanity.quantities.descent import check_loss
 from nnsanity.quantities.passage import (
     Look,
     SeenByLook,
@@ -101,6 +102,7 @@ def depth_profile(
     References:
         Schoenholz et al. (2017), "Deep Information Propagation".
     """
+    check_loss("depth_profile", loss_fn, params, batch)
     network = inspect(apply_fn, params, batch[0])
     passage = seen_both_ways(
         loss_fn, params, batch, blueprint=network, looks=DEPTH_LOOKS

@@ -179,7 +179,10 @@ def _vanishing(
     sizes = {
         name: float(host.norm[position[leaf]]) / math.sqrt(max(leaves[leaf].size, 1))
         for name, leaf in weights.items()
+        if leaf in position
     }
+    if len(sizes) < 2:
+        return []
     (first, first_size), *_, (last, last_size) = sizes.items()
     ratio = first_size / last_size if last_size > 0 else math.inf
     if ratio >= limit and first_size >= TINY_GRADIENT:

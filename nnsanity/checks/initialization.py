@@ -156,9 +156,18 @@ def poor_start(one: Located) -> Finding:
 
 
 def judge_signal(gain: SignalGain, network: Network) -> tuple[Finding, ...]:
-    """Suspects the weights where the signal grows or fades on its way."""
+    """Suspects the weights where the signal grows or fades on its way.
+
+    Silent where a normalization sets its size anew, or where it starts at a look-up.
+    """
+    is_plain = all(
+        one.layer.kind != "embedding"
+        and not any(stage.kind == "norm" for stage in one.linear_stages)
+        for one in network.layers
+    )
     forward = float(gain.forward)
-    if len(gain.signal) < 2 or 1 / SIGNAL_FACTOR <= forward <= SIGNAL_FACTOR:
+    is_steady = 1 / SIGNAL_FACTOR <= forward <= SIGNAL_FACTOR
+    if len(gain.signal) < 2 or not is_plain or is_steady:
         return ()
     signal = np.maximum(np.asarray(gain.signal, np.float64), 1e-30)
     steps = np.abs(np.diff(np.log(signal)))

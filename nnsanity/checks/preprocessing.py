@@ -34,8 +34,6 @@ JUMP_SHARE = 0.005
 MOVED_LIMIT = 0.3
 """Healthy distance that a transform which keeps the meaning moves the outputs, in units
 of that of any two examples."""
-MAX_FEATURES = 32
-"""Columns of a table that are looked at one by one."""
 
 
 class Duplicates(NamedTuple):

@@ -26,13 +26,13 @@ LOSS_RATE = 0.02
 
 def with_loss(state: MonitorState, loss: Array, every: int) -> MonitorState:
     """Looks at the loss, which costs nothing."""
-    is_first = state.step == 0
     is_finite = jnp.isfinite(loss)
+    # One that is not finite would stay in every average.
+    is_first = is_finite & jnp.isnan(state.loss_start)
     start = jnp.where(is_first, loss, state.loss_start)
     average = jnp.where(is_first, loss, state.loss_average)
-    # A first loss that is not finite would stay in every average.
-    start, average = jnp.nan_to_num(start), jnp.nan_to_num(average)
-    margin = jnp.maximum(start - state.lowest_average, 0) * SPIKE_SHARE
+    gained = jnp.nan_to_num(start - state.lowest_average)
+    margin = jnp.maximum(gained, 0) * SPIKE_SHARE
     limit = average + SPIKE_SPREADS * state.loss_spread + margin
     is_settled = state.step >= SETTLED
     is_high = ~(loss <= limit) & is_settled

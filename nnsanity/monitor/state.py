@@ -112,7 +112,7 @@ class MonitorState(NamedTuple):
         num_watched: int32[], those that were watched.
         watched_step: int32[], the last of them with a finite loss.
         loss: float32[], last.
-        loss_start: float32[], of step 0.
+        loss_start: float32[], the first one that was finite; NaN before.
         loss_average: float32[], over about 50 steps, outliers clipped; should fall.
         loss_spread: float32[], root mean square of the distance from it.
         lowest_average: float32[]; healthy is near ``loss_average``.
@@ -233,7 +233,7 @@ def blank_state(names: Names, *, every: int) -> MonitorState:
         num_watched=count(0),
         watched_step=count(-1),
         loss=zeros(),
-        loss_start=zeros(),
+        loss_start=zeros() + jnp.nan,
         loss_average=zeros(),
         loss_spread=zeros(),
         lowest_average=zeros(),

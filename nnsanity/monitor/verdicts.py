@@ -46,7 +46,7 @@ def judge_monitor(
 
 def _has_lost(state: MonitorState) -> bool:
     """Tells whether the loss stands well above its best, or is no number."""
-    gained = max(float(state.loss_start - state.lowest_average), 0)
+    gained = np.nan_to_num(float(state.loss_start - state.lowest_average)).clip(0)
     best = float(state.lowest_average) + LOST_SHARE * gained
     is_back = bool(np.isfinite(state.loss)) and float(state.loss_average) <= best
     return not is_back

@@ -19,6 +19,8 @@ CODE_SHARE = 0.1
 CODE_ORDER = 0.6
 """Difference of neighbouring codes' targets, in units of that of any two codes, from
 which on the order of the codes says nothing (1 for unordered ones)."""
+MAX_COLUMNS = 32
+"""Columns of a table that are looked at one by one."""
 MIN_CYCLES = 3.0
 """Cycles over a column's range from which on a network can't be asked to follow."""
 PERIODS = (2 * math.pi, 360.0, 24.0)
@@ -135,8 +137,11 @@ def column_cycle(column: np.ndarray, targets: np.ndarray) -> Cycle:
     )
     best = int(np.argmax(powers))
     found = wave(column, targets, period=float(span / cycles[best]))
-    # What a few steps explain as well does not repeat.
-    return found if found.explained > _explained_by_steps(column, targets) else nothing
+    # What a few steps explain as well does not repeat; and the best of many waves
+    # explains something of any noise.
+    chance = 2 * math.log(len(cycles) * MAX_COLUMNS) / len(column)
+    least = max(_explained_by_steps(column, targets), chance)
+    return found if found.explained > least else nothing
 
 
 def _explained_by_steps(column: np.ndarray, targets: np.ndarray) -> float:

@@ -128,7 +128,7 @@ def _dormant(
     for name, mean in means.items():
         layer = jnp.mean(mean, axis=-1, keepdims=True)
         score[name] = jnp.where(layer == 0, 0, mean / jnp.where(layer == 0, 1, layer))
-    dormant = {name: one <= threshold for name, one in score.items()}
+    dormant = {name: ~(one > threshold) for name, one in score.items()}
     return DormantUnits(
         means, score, dormant, shares(dormant), counts, threshold, uninspected
     )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from nnsanity._tree import in_float32
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree
+from nnsanity.quantities.descent import check_loss
 from nnsanity.quantities.passage import (
     Look,
     Passage,
@@ -75,6 +76,7 @@ def signal_gain(
     References:
         Glorot and Bengio (2010), section 4.2.
     """
+    check_loss("signal_gain", loss_fn, params, batch)
     network = inspect(apply_fn, params, batch[0])
     looks = {"deviation": SIGNAL_LOOK}
     passage = seen_both_ways(loss_fn, params, batch, blueprint=network, looks=looks)
@@ -148,6 +150,7 @@ def unit_gradients(
         >>> unit_gradients(apply_fn, loss_fn, params, (jnp.ones((4, 1)), None))
         {'w': Array([1., 0.], dtype=float32)}
     """
+    check_loss("unit_gradients", loss_fn, params, batch)
     blueprint = inspect(apply_fn, params, batch[0])
     passage = seen_both_ways(loss_fn, params, batch, blueprint=blueprint, looks={})
     return gradients_of(passage)

@@ -144,13 +144,13 @@ def _check_scalar(out_shape: PyTree) -> None:
     outs = jax.tree.leaves(out_shape)
     if len(outs) != 1:
         raise ValueError(
-            f"reach: loss_fn must return a scalar, got a tree of {len(outs)} arrays; "
+            f"lint: loss_fn must return a scalar, got a tree of {len(outs)} arrays; "
             "leave the auxiliary output out"
         )
     if outs[0].shape:
         shape = ",".join(map(str, outs[0].shape))
         raise ValueError(
-            f"reach: loss_fn must return a scalar, got {outs[0].dtype}[{shape}]; "
+            f"lint: loss_fn must return a scalar, got {outs[0].dtype}[{shape}]; "
             "did you forget a mean?"
         )
 

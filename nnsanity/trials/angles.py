@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nnsanity._tree import in_float32, take_examples
+from nnsanity._tree import in_float32, is_inexact, take_examples
 from nnsanity._types import Array, Params
 from nnsanity.checks import preprocessing
 from nnsanity.findings import Effect, Finding, caused
@@ -78,7 +78,9 @@ def _explained(
     angle = 2 * jnp.pi * (targets - low) / period
 
     def outputs(columns: Array) -> Array:
-        params = _trained(problem, columns.astype(problem.targets.dtype), rows)
+        if is_inexact(problem.targets):
+            columns = columns.astype(problem.targets.dtype)
+        params = _trained(problem, columns, rows)
         inputs = take_examples(problem.inputs, held_out)
         return in_float32(problem.apply_fn(params, inputs)).reshape(-1)
 

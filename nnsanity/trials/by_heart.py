@@ -78,6 +78,7 @@ def _distinct(problem: Problem) -> tuple[PyTree, PyTree] | None:
             axis=1,
         )
         for part in batch
+        if jax.tree.leaves(part)
     ]
     is_varied = all(len(np.unique(part, axis=0)) > 1 for part in parts)
     return batch if is_varied and problem.size > 1 else None

@@ -8,6 +8,9 @@ from nnsanity._types import Array
 from nnsanity.checks import normalization, preprocessing
 from nnsanity.findings import Finding
 from nnsanity.quantities.columns import (
+    MAX_COLUMNS as MAX_FEATURES,
+)
+from nnsanity.quantities.columns import (
     column_codes,
     column_cycle,
     is_code,
@@ -43,8 +46,11 @@ def _clipping(problem: Problem) -> tuple[Repair, ...]:
         jnp.where(apart, bound, limit)
         for bound, limit in ((measured.low, -jnp.inf), (measured.high, jnp.inf))
     )
-    clipped = jnp.clip(inputs, low, high).astype(inputs.dtype)
-    shift, scale = standardizing(problem, clipped)
+
+    def clip(inputs: Array) -> Array:
+        return jnp.clip(inputs, low, high).astype(inputs.dtype)
+
+    shift, scale = standardizing(problem, clip(inputs))
     (finding,) = normalization.judge_outliers(measured)
     return (
         Repair(
@@ -54,7 +60,7 @@ def _clipping(problem: Problem) -> tuple[Repair, ...]:
             ("normalization/outliers",),
             finding,
             is_suspected=True,
-            inputs=clipped,
+            inputs=clip,
         ),
     )
 
@@ -79,7 +85,7 @@ def _columns(problem: Problem) -> list[tuple[int, np.ndarray, np.ndarray]]:
     targets = np.asarray(target_columns(problem.targets, problem.kind), np.float64)
     if len(targets) != len(table) or not np.isfinite(targets).all():
         return []
-    features = range(min(table.shape[1], preprocessing.MAX_FEATURES))
+    features = range(min(table.shape[1], MAX_FEATURES))
     columns = [
         (feature, table[:, feature], _one_column(table[:, feature], targets))
         for feature in features
@@ -162,5 +168,5 @@ def _encoded(
         (),
         finding,
         is_suspected=True,
-        inputs=inputs.at[:, feature].set(scaled.astype(inputs.dtype)),
+        inputs=lambda table: table.at[:, feature].set(scaled.astype(table.dtype)),
     )

@@ -127,5 +127,5 @@ def share_of_clipped_steps(problem: Problem) -> float:
         )
         for start in starts
     ]
-    held = jnp.stack(shares) > learning_rate.HELD_BACK
+    held = ~(jnp.stack(shares) <= learning_rate.HELD_BACK)
     return float(jnp.mean(held))

@@ -1,4 +1,6 @@
-"""All the repairs that a checkup can try, from every part of the checklist."""
+"""All the repairs that a checkup can try, one by one and together."""
+
+from collections.abc import Sequence
 
 from nnsanity.trials.data_repairs import data_repairs
 from nnsanity.trials.inner_repairs import inner_repairs
@@ -6,6 +8,9 @@ from nnsanity.trials.loss_repairs import loss_repairs
 from nnsanity.trials.optimizer_repairs import optimizer_repairs
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.repairs import Repair, available_repairs
+
+SHARED_GROUPS = ("columns", "inputs", "targets", "weights", "hidden")
+"""Repairs that are harmless to make together, the most harmless first."""
 
 
 def every_repair(problem: Problem) -> tuple[Repair, ...]:
@@ -17,3 +22,20 @@ def every_repair(problem: Problem) -> tuple[Repair, ...]:
         *optimizer_repairs(problem),
         *loss_repairs(problem),
     )
+
+
+def combinations(repairs: Sequence[Repair]) -> list[tuple[Repair, ...]]:
+    """Lists growing sets of repairs, each at several rates."""
+    by_group = {
+        group: [r for r in repairs if r.group == group] for group in SHARED_GROUPS
+    }
+    growing: list[tuple[Repair, ...]] = [()]
+    for group in SHARED_GROUPS:
+        if by_group[group]:
+            growing.append((*growing[-1], by_group[group][0]))
+    heads = [one for one in repairs if one.group == "head"]
+    sets = growing[2:] or growing[1:]
+    sets += [(*growing[-1], head) for head in heads]
+    sets += [(growing[1][0], head) for head in heads] if len(growing) > 1 else []
+    rates = [one for one in repairs if one.group == "rate"]
+    return [(*one, *rate) for one in sets for rate in ((), *((r,) for r in rates))]

@@ -24,7 +24,7 @@ from nnsanity.trials.arms import (
     needed_gain,
 )
 from nnsanity.trials.copies import Copy
-from nnsanity.trials.every_repair import every_repair
+from nnsanity.trials.every_repair import combinations, every_repair
 from nnsanity.trials.levels import FAILED, LEARNED, curve_of, last, level_of, unit_of
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.repairs import Repair
@@ -41,12 +41,12 @@ FIRST_SEED, OTHER_SEEDS, ALL_SEEDS = slice(1), slice(1, None), slice(None)
 SUSPICION_BONUS = 0.15
 """What a suspicion adds to the gain of its repair when causes are ranked."""
 MAX_CAUSES = 3
-BUDGET_SECONDS = 45.0
-"""How long copies may be trained; what was left out then is in ``skipped``."""
-SLOW_SECONDS = 3.0
-SHARED_GROUPS = ("columns", "inputs", "targets", "weights", "hidden")
-"""Repairs that are harmless to make together, the most harmless first."""
-
+BUDGET_SECONDS = 60.0
+"""How long a checkup may take before nothing new is tried; what was left out then is in
+``skipped``."""
+SLOW_SECONDS, VERY_SLOW_SECONDS = 3.0, 15.0
+"""A training that takes longer is repeated less often: from two seeds where it learns,
+from one."""
 Progress = Callable[[str], None]
 
 
@@ -90,13 +90,17 @@ class _Lab(NamedTuple):
 def train_original(problem: Problem, trial: Trial, key: Array) -> tuple[Outcome, ...]:
     """Trains the user's own program with several seeds.
 
-    Stops after two where a training is long and the network learns well.
+    Stops after two where a training is long and the network learns well, and after one
+    where it is very long.
     """
     outcomes: list[Outcome] = []
     for one in _keys(key):
         began = time.monotonic()
         outcomes += train_copies(trial, [(trial.plain, one)])
-        is_slow = len(outcomes) > 1 and time.monotonic() - began > SLOW_SECONDS
+        took = time.monotonic() - began
+        if took > VERY_SLOW_SECONDS:
+            break
+        is_slow = len(outcomes) > 1 and took > SLOW_SECONDS
         start = float(outcomes[0].losses[0])
         if is_slow and level_of(problem, outcomes[-1], start) >= LEARNED:
             break
@@ -126,6 +130,7 @@ def intervene(
     *,
     key: Array,
     split_key: Array,
+    deadline: float,
     progress: Progress,
 ) -> Diagnosis:
     """Repairs copies of a program that does not learn well and trains them beside it.
@@ -140,6 +145,7 @@ def intervene(
         suspicions: findings whose rules say what to try first.
         key: the same as that of the original, so that both see the same batches.
         split_key: as given to ``prepare``.
+        deadline: of ``time.monotonic()``, after which nothing new is tried.
         progress: called with a line of text now and then.
     """
     lab = _Lab(
@@ -149,7 +155,7 @@ def intervene(
         _keys(key),
         float(outcomes[0].losses[0]),
         progress,
-        time.monotonic() + BUDGET_SECONDS,
+        deadline,
     )
     original = _arm(lab, (), outcomes)
     if original.level >= LEARNED:
@@ -235,9 +241,10 @@ def _arm(lab: _Lab, repairs: tuple[Repair, ...], outcomes: Sequence[Outcome]) ->
 def _train(lab: _Lab, repairs: Sequence[Repair], seeds: slice) -> Arm:
     """Trains the program with some repairs, from some of the seeds."""
     trial = _trial_of(lab, repairs)
+    inputs = lab.problem.inputs
     for repair in repairs:
-        if repair.inputs is not None:
-            trial = with_inputs(trial, repair.inputs)
+        inputs = inputs if repair.inputs is None else repair.inputs(inputs)
+    trial = with_inputs(trial, inputs)
     copies = []
     for key in lab.keys[seeds]:
         copy: Copy = trial.plain
@@ -291,7 +298,7 @@ def _joint_causes(
         where repairing everything is no better than the best single repair.
     """
     chosen: Arm | None = None
-    for repaired in _combinations(repairs):
+    for repaired in combinations(repairs):
         if time.monotonic() > lab.deadline:
             break
         arm = _train(lab, repaired, FIRST_SEED)
@@ -307,28 +314,12 @@ def _joint_causes(
         return []
     if len(needed) == 1:
         return [(original, full)]
+    seeds = FIRST_SEED if time.monotonic() > lab.deadline else ALL_SEEDS
     pairs = [
-        (_train(lab, _but(needed, one), ALL_SEEDS), full._replace(repairs=(one,)))
+        (_train(lab, _but(needed, one), seeds), full._replace(repairs=(one,)))
         for one in needed
     ]
     return [(before, after) for before, after in pairs if helps(before, after)]
-
-
-def _combinations(repairs: Sequence[Repair]) -> list[tuple[Repair, ...]]:
-    """Lists growing sets of repairs, each at several rates."""
-    by_group = {
-        group: [r for r in repairs if r.group == group] for group in SHARED_GROUPS
-    }
-    growing: list[tuple[Repair, ...]] = [()]
-    for group in SHARED_GROUPS:
-        if by_group[group]:
-            growing.append((*growing[-1], by_group[group][0]))
-    heads = [one for one in repairs if one.group == "head"]
-    sets = growing[2:] or growing[1:]
-    sets += [(*growing[-1], head) for head in heads]
-    sets += [(growing[1][0], head) for head in heads] if len(growing) > 1 else []
-    rates = [one for one in repairs if one.group == "rate"]
-    return [(*one, *rate) for one in sets for rate in ((), *((r,) for r in rates))]
 
 
 def _but(repairs: tuple[Repair, ...], left_out: Repair) -> tuple[Repair, ...]:
@@ -386,7 +377,7 @@ def _effect(lab: _Lab, repair: Repair, before: Arm, after: Arm, gain: float) -> 
         to_unit(before.level),
         to_unit(after.level),
         measure,
-        lab.trials[()].num_steps,
+        _trial_of(lab, after.repairs).num_steps,
         NUM_SEEDS,
         gain,
         needed_gain(before, after),

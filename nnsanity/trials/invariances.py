@@ -83,6 +83,17 @@ def judge_invariances(
     return findings, measured
 
 
+def check_transforms(problem: Problem, transforms: Mapping[str, Callable]) -> None:
+    """Calls each transform once, before anything takes time.
+
+    Raises:
+        ValueError: if one changes the shapes of the inputs.
+    """
+    inputs = some_examples(problem)[0]
+    for name, transform in transforms.items():
+        _checked(name, transform, inputs)
+
+
 def _of_outputs(problem: Problem, params: Params, inputs: PyTree, moved: PyTree) -> Any:
     apply_fn = jax.jit(problem.apply_fn)
     return invariance(lambda x: apply_fn(params, x), _always(moved), inputs)

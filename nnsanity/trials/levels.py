@@ -51,7 +51,7 @@ def unit_of(problem: Problem) -> tuple[str, Callable[[float], float]]:
         return "explained share of the variance", lambda level: max(level, 0.0)
     targets = np.asarray(problem.targets)
     if problem.kind == "one-hot":
-        targets = targets.reshape(len(targets), -1).argmax(axis=-1)
+        targets = targets.argmax(axis=-1)
     _, counts = np.unique(targets, return_counts=True)
     chance = counts.max() / counts.sum()
     return "accuracy", lambda level: max(chance + level * (1 - chance), 0.0)

@@ -8,7 +8,7 @@ from nnsanity._types import Array
 from nnsanity.checks import results
 from nnsanity.quantities.targets import usual_loss
 from nnsanity.trials.copies import HEAD_LEFT_OUT, Copy
-from nnsanity.trials.measure import loss_of_outputs, some_examples
+from nnsanity.trials.measure import few_examples, loss_of_outputs
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.repairs import Repair
 
@@ -48,7 +48,7 @@ def _is_usual(problem: Problem) -> bool:
     squash = _SQUASHING.get(None if problem.kind == "numbers" else activation)
     if squash is None:
         return False
-    batch = some_examples(problem)
+    batch = few_examples(problem)
     shape = jax.eval_shape(problem.apply_fn, problem.params, batch[0]).shape
     # A fixed key: the outputs are a yardstick, no part of the report's chance.
     outputs = jax.random.normal(jax.random.key(0), (NUM_OUTPUTS, *shape))

@@ -16,11 +16,23 @@ from nnsanity.trials.problem import Problem
 
 MAX_MEASURED = 1000
 """Examples that a network is measured on."""
+MIN_MEASURED, MAX_OUTPUTS = 8, 2**21
+"""Fewest of them, and how many numbers their outputs may have, where several outputs
+are compared with each other."""
 
 
 def some_examples(problem: Problem) -> tuple[PyTree, PyTree]:
     """Returns the batch that networks are measured on."""
     return problem.batch(slice(MAX_MEASURED))
+
+
+def few_examples(problem: Problem) -> tuple[PyTree, PyTree]:
+    """Returns as many of them as losses of many given outputs can be taken of."""
+    inputs = problem.batch(slice(problem.batch_size))[0]
+    outputs = jax.eval_shape(problem.apply_fn, problem.params, inputs)
+    numbers = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(outputs))
+    count = max(MIN_MEASURED, MAX_OUTPUTS // max(numbers, 1))
+    return problem.batch(slice(min(MAX_MEASURED, count)))
 
 
 class TrainingNoise(NamedTuple):

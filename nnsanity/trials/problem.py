@@ -15,6 +15,8 @@ from nnsanity.tracing.layers import Located, Network, inspect
 from nnsanity.tracing.replace import output_layer
 from nnsanity.tracing.widen import Widening
 
+BATCH_SIZE = 32
+"""Examples in one step where nothing is said."""
 MAX_EXAMPLES = 50_000
 """Most examples that a checkup looks at; it draws them where there are more."""
 
@@ -101,8 +103,10 @@ def checked_problem(
     inputs, targets = _checked_pair(data, "data")
     size = num_examples(inputs)
     for name, number in (("batch_size", batch_size), ("num_steps", num_steps)):
-        if not isinstance(number, int | np.integer):
+        if not isinstance(number, int | np.integer) or isinstance(number, bool):
             raise TypeError(f"checkup: {name} must be an integer, got {number!r}")
+    if batch_size == BATCH_SIZE:  # what nobody may have asked for
+        batch_size = min(batch_size, size)
     if not 1 <= batch_size <= size:
         raise ValueError(
             f"checkup: batch_size must be from 1 to the {size} examples of data, got"
@@ -116,6 +120,7 @@ def checked_problem(
     if size > MAX_EXAMPLES:
         rows = jax.random.permutation(key, size)[:MAX_EXAMPLES]
         inputs, targets = take_examples((inputs, targets), np.asarray(rows))
+        batch_size = min(batch_size, MAX_EXAMPLES)
     inputs, targets, held_out = jax.tree.map(jnp.asarray, (inputs, targets, held_out))
     batch = take_examples((inputs, targets), slice(batch_size))
     outputs = _checked_outputs(apply_fn, params, batch[0], batch_size)

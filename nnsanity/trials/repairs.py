@@ -46,7 +46,8 @@ class Repair(NamedTuple):
         is_suspected: whether it is offered on a suspicion alone.
         rewrite: ``rewrite(problem) -> problem``, where the copy is another program,
             with shapes or functions of its own; None where it differs in numbers alone.
-        inputs: what to train on in the place of the user's inputs, or None.
+        inputs: ``inputs(inputs) -> inputs``, what to train on in their place, of the
+            same shapes; or None.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Repair(NamedTuple):
     finding: Finding
     is_suspected: bool = False
     rewrite: Callable[[Problem], Problem] | None = None
-    inputs: Array | None = None
+    inputs: Callable[[Array], Array] | None = None
 
 
 def available_repairs(problem: Problem) -> tuple[Repair, ...]:

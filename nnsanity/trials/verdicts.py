@@ -26,7 +26,7 @@ from nnsanity.trials.by_heart import judge_by_heart, judge_outputs
 from nnsanity.trials.inside import measure_network
 from nnsanity.trials.interventions import Diagnosis
 from nnsanity.trials.levels import FAILED, LEARNED
-from nnsanity.trials.measure import data_loss, perfect_loss, some_examples
+from nnsanity.trials.measure import data_loss, few_examples, perfect_loss, some_examples
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.trial import Outcome
 
@@ -34,6 +34,8 @@ MIN_NEIGHBORHOOD, MAX_NEIGHBORHOOD = 50, 2000
 """Fewest and most examples whose neighbours are compared."""
 SMELLS = frozenset({"learning-rate/outlier-examples"})
 """Rules that no repair tests: warnings only where nothing else is found."""
+MAX_NUMBERS = 2**25
+"""Numbers of targets, classes as one-hot rows, up to which they are compared."""
 MIN_STEPS_TO_FAIL = 50
 """Steps before which a network is only on its way."""
 CONSTANT_SHARE = 0.95
@@ -141,6 +143,11 @@ def _columns(problem: Problem, targets: Array) -> Array | None:
     is_table = isinstance(problem.inputs, jax.Array)
     if problem.kind is None or not is_table:
         return None
+    numbers = targets.size
+    if problem.kind == "classes":
+        numbers *= int(targets.max()) + 1
+    if numbers > MAX_NUMBERS or numbers % len(targets):
+        return None
     columns = target_columns(targets, problem.kind)
     return columns if len(columns) == len(targets) else None
 
@@ -154,7 +161,7 @@ def _contradictions(problem: Problem, measured: dict) -> tuple[Finding, ...]:
 
 
 def _wrong_loss(problem: Problem, diagnosis: Diagnosis) -> tuple[Finding, ...]:
-    batch = some_examples(problem)
+    batch = few_examples(problem)
     return results.judge_wrong_loss(
         perfect=perfect_loss(problem, batch),
         reached=data_loss(problem, diagnosis.outcomes[0].params, batch),

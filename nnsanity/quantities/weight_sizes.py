@@ -31,8 +31,8 @@ class WeightStats(NamedTuple):
             1.4 before a rectifier and 1 elsewhere.
         signal: float32[places], deviation of what enters the nonlinearity.
         unit_spread: float32[places], largest difference between two units for the same
-            example, in units of their size; 0 where all units are one, NaN where
-            nothing arrives at the layer and all of them are 0.
+            example, in units of their size; 0 where all units are one, NaN where all
+            of them are 0.
         bias: float32[places], root mean square of the biases, in units of what the
             weights make of the batch; 0 where there is none, healthy is 0 at the start.
         uninspected: parameters that belong to no layer, and why.

@@ -50,8 +50,8 @@ def measure_dynamics(problem: Problem, batch: tuple[PyTree, PyTree]) -> Dynamics
     }
     measurements = {name: one for name, one in measurements.items() if one is not None}
     findings = batch_size.judge_rest(problem.batch_size, problem.size)
-    if "outliers" in measurements:
-        outliers, count = measurements["outliers"], num_examples(batch)
+    if "outlier_examples" in measurements:
+        outliers, count = measurements["outlier_examples"], num_examples(batch)
         findings += learning_rate.judge_outliers(outliers, count)
     decay, pull = (measurements.get(name) for name in ("weight_decay", "penalty_pull"))
     if decay is not None and pull is not None:
@@ -78,9 +78,9 @@ def _measures(
 
     optimizer, params = problem.optimizer, problem.params
     if optimizer is None:
-        return {"outliers": outliers}
+        return {"outlier_examples": outliers}
     return {
-        "outliers": outliers,
+        "outlier_examples": outliers,
         "weight_decay": lambda: regularization.weight_decay(optimizer, params),
         "penalty_pull": lambda: regularization.penalty_pull(
             problem.loss_fn, params, batch

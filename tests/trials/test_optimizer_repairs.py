@@ -153,4 +153,4 @@ def test_a_loss_that_needs_its_own_batch_size_is_told():
         batch_size=size // 10,
         interventions=False,
     )
-    assert "reshape" in report.skipped["outliers"]
+    assert "reshape" in report.skipped["outlier_examples"]

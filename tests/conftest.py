@@ -4,12 +4,15 @@ JAX_NUM_CPU_DEVICES=8 in the environment runs them on eight devices.
 """
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
 import jax
 import pytest
+
+MAX_MAPS = 20_000
 
 hypothesis.settings.register_profile("nnsanity", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("nnsanity")
@@ -20,3 +23,12 @@ def strict_jax():
     """Within it JAX promotes neither dtypes nor ranks on its own."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Forgets compiled programs before they take more memory maps than Linux allows."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > MAX_MAPS:
+        jax.clear_caches()

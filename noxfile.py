@@ -49,6 +49,7 @@ def oldest(session):
 
 @nox.session(python=PYTHONS)
 def tests(session):
-    """All tests and the examples of docstrings and README, on the newest jax."""
+    """Tests, docstrings and README on the newest jax; slow ones on one Python alone."""
     session.install("-e", ".[test]")
-    session.run("pytest", "-n", "2", *session.posargs, env=CPU)
+    marks = () if session.python == PYTHONS[-1] else ("-m", "not slow")
+    session.run("pytest", "-n", "2", *marks, *session.posargs, env=CPU)

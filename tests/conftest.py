@@ -4,6 +4,7 @@ JAX_NUM_CPU_DEVICES=8 in the environment runs them on eight devices.
 """
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -12,7 +13,12 @@ import hypothesis
 import jax
 import pytest
 
+import nnsanity  # noqa: F401
+
 MAX_MAPS = 20_000
+# What a checkup finds must not depend on how busy the machine is.
+sys.modules["nnsanity.checkup"].BUDGET_SECONDS = 1e6
+sys.modules["nnsanity.trials.interventions"].VERY_SLOW_SECONDS = 1e6
 
 hypothesis.settings.register_profile("nnsanity", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("nnsanity")

@@ -6,9 +6,9 @@ from sklearn import datasets
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
-import nnsanity.quantities.neighbors
 from nnsanity.checks.preprocessing import judge_continuity
 from nnsanity.checks.results import judge_neighbors
+from nnsanity.quantities import neighbors
 from nnsanity.quantities.neighbors import continuity, nearest_neighbors
 
 RNG = np.random.default_rng(0)
@@ -102,8 +102,8 @@ def test_nearest_of_rows_far_from_zero():
 
 
 def test_many_examples_are_sampled_and_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr(nnsanity.neighbors, "MAX_ASKED", 128)
-    monkeypatch.setattr(nnsanity.neighbors, "_CHUNK", 2**12)
+    monkeypatch.setattr(neighbors, "MAX_ASKED", 128)
+    monkeypatch.setattr(neighbors, "_CHUNK", 2**12)
     inputs = jnp.asarray(RNG.normal(size=(1024, 3)), jnp.float32)
     measure = jax.jit(lambda inputs: continuity(inputs, jnp.sin(inputs[:, 0]), key=KEY))
     found = measure(inputs)

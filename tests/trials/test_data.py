@@ -10,6 +10,8 @@ from sklearn.preprocessing import StandardScaler
 
 import nnsanity as ns
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)
 INPUTS = RNG.normal(size=(400, 6)).astype(np.float32)

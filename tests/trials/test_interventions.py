@@ -9,6 +9,8 @@ from nnsanity.trials.measure import training_noise
 from nnsanity.trials.problem import checked_problem
 from nnsanity.trials.repairs import available_repairs
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 INPUTS = RNG.normal(size=(200, 4)).astype(np.float32)
 SLOPES = np.array([1, -0.5, 0.5, -1])

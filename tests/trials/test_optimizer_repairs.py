@@ -7,6 +7,8 @@ import pytest
 import nnsanity as ns
 from nnsanity.quantities.clipping import scales_with_weights, update_degree
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 INPUTS = jnp.asarray(RNG.normal(size=(200, 4)), jnp.float32)
 TARGETS = INPUTS @ jnp.array([[1.0], [-2.0], [0.5], [1.5]])

@@ -1,8 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 
 from nnsanity.checks.results import (
+    judge_labels,
     judge_meeting,
     judge_start,
     judge_wrong_loss,
@@ -64,3 +66,24 @@ def test_no_better_than_constant():
     assert (found.severity, found.measured) == ("error", 0.02)
     assert "Tried without effect: another rate, fresh weights." in found.message
     assert "Tried" not in no_better_than_constant(0.02, 300, ()).message
+
+
+OUTPUTS = np.zeros((4, 3))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "found"),
+    [
+        (OUTPUTS, [1, 2, 3, 1], True),  # counted from one
+        (OUTPUTS, [0, 2, 3, 1], True),  # one class too many
+        (OUTPUTS, [0, 1, 2, 1], False),
+        (OUTPUTS, [0, 1, 2, 255], False),  # an example that is left out
+        (OUTPUTS, [0, 1, 2, -1], False),
+        (OUTPUTS, [0.0, 3.0, 1.0, 1.0], False),  # numbers
+        (np.zeros((4, 5, 3)), [0, 3, 1, 1], False),  # of another shape
+        (np.zeros(4), [1, 2, 3, 1], False),
+    ],
+)
+def test_labels_out_of_range(outputs, labels, found):
+    rules = [one.rule for one in judge_labels(outputs, np.array(labels))]
+    assert rules == ["results/labels-out-of-range"] * found

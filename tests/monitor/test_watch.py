@@ -286,3 +286,23 @@ def mistaken(**changes):
 def test_mistakes_are_named(change, error, words):
     with pytest.raises(error, match=words):
         change()
+
+
+@pytest.mark.parametrize("first", [jnp.inf, jnp.nan])
+def test_a_first_loss_that_is_not_finite_stays_in_no_average(first):
+    watch = make_monitor()
+    state = watch.init(mlp_loss, PARAMS, BATCH)
+    (_, signals), grads = ns.value_and_grad(mlp_loss)(PARAMS, BATCH)
+    for loss in [first, 3.0, 1.0, 2.0]:
+        state = watch.update(
+            state,
+            loss=jnp.float32(loss),
+            signals=signals,
+            grads=grads,
+            updates=grads,
+            params=PARAMS,
+        )
+    metrics = watch.metrics(state)
+    assert 1 <= metrics["loss/average"] <= 3
+    assert 1 <= metrics["loss/lowest-average"] <= 3
+    assert metrics["nonfinite/step"] == 0

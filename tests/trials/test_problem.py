@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -243,3 +245,44 @@ def test_keys_of_the_old_kind():
 def test_one_example():
     report = trained(data=(INPUTS[:1], TARGETS[:1]), batch_size=1)
     assert "trial" in report.measurements
+
+
+def test_fewer_examples_than_the_usual_batch():
+    report = ns.checkup(
+        apply_fn, LOSS_FN, PARAMS, (INPUTS[:4], TARGETS[:4]), key=KEY, num_steps=5
+    )
+    assert report.skipped["trial"].startswith("no optimizer")
+    with pytest.raises(ValueError, match="batch_size must be from 1 to the 4 examples"):
+        checkup(data=(INPUTS[:4], TARGETS[:4]), batch_size=33)
+
+
+def test_all_of_more_examples_than_are_looked_at(monkeypatch):
+    monkeypatch.setattr("nnsanity.trials.problem.MAX_EXAMPLES", 20)
+    report = checkup(batch_size=40)
+    assert "trial" in report.skipped
+
+
+class Pair(NamedTuple):
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+def test_data_with_names():
+    data = Pair(INPUTS.astype(np.float64) + 1e8, TARGETS)
+    assert "normalization/rounded" in rules(checkup(data=data))
+
+
+def test_ignored_rules_are_a_list():
+    with pytest.raises(TypeError, match="ignore must be a list of rules, got 'width"):
+        checkup(ignore="width/redundant")
+
+
+@pytest.mark.slow
+def test_no_targets_and_nothing_learned():
+    report = checkup(
+        loss_fn=lambda params, batch: 1 + 0 * jnp.sum(apply_fn(params, batch[0])),
+        data=(INPUTS, None),
+        optimizer=optax.sgd(0.01),
+        num_steps=60,
+    )
+    assert "share by which the loss fell" in report.summary

@@ -62,6 +62,7 @@ class Reachable(NamedTuple):
     constant: Array
 
 
+@jax.jit
 def reachable(bounds: Bounds, targets: Array) -> Reachable:
     """Compares targets with what the outputs can be.
 

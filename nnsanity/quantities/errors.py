@@ -40,6 +40,7 @@ class ConstantBaseline(NamedTuple):
     constant: Array
 
 
+@jax.jit
 def constant_baseline(
     outputs: Array, targets: Array, *, moments: Moments | None = None
 ) -> ConstantBaseline:

@@ -199,6 +199,7 @@ def perfect_outputs(shape: Sequence[int], targets: np.ndarray, kind: str) -> Arr
     return jnp.stack([truth, clipped, *(signs * size for size in (2, 5, 20))])
 
 
+@jax.jit
 def outputs_in_units(targets: Array) -> Array:
     """Lists what outputs would be that mean the targets, in several units.
 

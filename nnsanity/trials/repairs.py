@@ -1,5 +1,6 @@
 """Repairs: what can be changed on a copy, and which suspicion each of them tests."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from nnsanity.checks import (
 from nnsanity.findings import Finding
 from nnsanity.quantities import scales
 from nnsanity.quantities.drawing import redrawn
-from nnsanity.quantities.moments import Moments, feature_moments, group_moments
+from nnsanity.quantities.moments import feature_moments, group_moments
 from nnsanity.quantities.weight_sizes import weight_stats
 from nnsanity.tracing.layers import inspect
 from nnsanity.tracing.paths import depths
@@ -109,14 +110,17 @@ def standardizing(problem: Problem, inputs: PyTree) -> tuple[PyTree, PyTree]:
         inputs: tree like its inputs.
     """
 
-    def moments_of(leaf: Array) -> Moments:
+    @jax.jit
+    def shift_and_scale(leaf: Array) -> tuple[Array, Array]:
         moments, groups = feature_moments(leaf), _groups(problem, leaf)
-        return moments if groups is None else group_moments(moments, groups=groups)
+        if groups is not None:
+            moments = group_moments(moments, groups=groups)
+        return moments.mean, moments.scale
 
-    moments = jax.tree.map(moments_of, inputs)
-    is_one = lambda node: isinstance(node, Moments)  # noqa: E731
-    shift = jax.tree.map(lambda one: one.mean, moments, is_leaf=is_one)
-    return shift, jax.tree.map(lambda one: one.scale, moments, is_leaf=is_one)
+    leaves, structure = jax.tree.flatten(inputs)
+    pairs = [shift_and_scale(leaf) for leaf in leaves]
+    shift, scale = (structure.unflatten(one) for one in zip(*pairs, strict=True))
+    return shift, scale
 
 
 def _target_repairs(problem: Problem) -> tuple[Repair, ...]:
@@ -158,9 +162,10 @@ def _weight_repairs(problem: Problem) -> tuple[Repair, ...]:
     if worst is None:
         return ()
 
+    draw = jax.jit(functools.partial(redrawn, problem.network))
+
     def redraw(copy: Copy, key: Array) -> Copy:
-        params = redrawn(problem.network, copy.params, key)
-        return copy._replace(params=params)
+        return copy._replace(params=draw(copy.params, key))
 
     return (
         Repair(

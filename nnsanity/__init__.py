@@ -19,7 +19,7 @@ from nnsanity.checks.width import WidthProfile, width_profile
 from nnsanity.checkup import checkup
 from nnsanity.findings import DiagnosisError, Finding
 from nnsanity.lint import lint
-from nnsanity.monitor.state import MonitorState
+from nnsanity.monitor.state import MonitorRecord, MonitorState
 from nnsanity.monitor.watch import Monitor, monitor
 from nnsanity.monitor.wrapping import MonitoredState
 from nnsanity.quantities.clipped import BlockedShare, blocked_share
@@ -123,6 +123,7 @@ __all__ = [
     "LossNoise",
     "Moments",
     "Monitor",
+    "MonitorRecord",
     "MonitorState",
     "MonitoredState",
     "NoiseAverage",

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from nnsanity._tree import in_float32
 from nnsanity._types import Array
 from nnsanity.monitor.losses import chosen_by, rate_of
-from nnsanity.monitor.state import GradientNoise, MonitorState, Names
+from nnsanity.monitor.names import Names
+from nnsanity.monitor.state import GradientNoise, MonitorRecord
 from nnsanity.signals import Signals
 from nnsanity.tracing.compat import varies
 
@@ -43,75 +44,75 @@ class Trees(NamedTuple):
 
 def with_look(
     look: Look,
-    state: MonitorState,
+    record: MonitorRecord,
     is_due: Array,
     signals: Signals,
     microbatch_norms: Array | None,
     trees: Trees,
-) -> MonitorState:
+) -> MonitorRecord:
     """Looks at a step that is due, and at one whose loss is the first that is NaN."""
-    is_broken = state.nonfinite.step == state.step
+    is_broken = record.nonfinite.step == record.step
 
-    def looked(state: MonitorState) -> MonitorState:
-        return _looked_at(look, state, signals, microbatch_norms, trees)
+    def looked(record: MonitorRecord) -> MonitorRecord:
+        return _looked_at(look, record, signals, microbatch_norms, trees)
 
-    return jax.lax.cond(is_due | is_broken, looked, lambda state: state, state)
+    return jax.lax.cond(is_due | is_broken, looked, lambda record: record, record)
 
 
 def _looked_at(
     look: Look,
-    state: MonitorState,
+    record: MonitorRecord,
     signals: Signals,
     microbatch_norms: Array | None,
     trees: Trees,
-) -> MonitorState:
+) -> MonitorRecord:
     """Reads gradients, updates and parameters once each."""
     updates = trees.updates() if callable(trees.updates) else trees.updates
     gradient, update, parameter = (
         _norms(look, leaves) for leaves in (trees.grads, updates, trees.params)
     )
-    rate = rate_of(state.num_watched, LEAF_RATE)
-    known = state.update_average > 0
-    growth = update / jnp.where(known, state.update_average, 1)
+    rate = rate_of(record.num_watched, LEAF_RATE)
+    known = record.update_average > 0
+    growth = update / jnp.where(known, record.update_average, 1)
     ratio = update / jnp.where(parameter > 0, parameter, 1)
     has_ratio = jnp.isfinite(ratio) & (parameter > 0)
     total = jnp.sqrt(jnp.sum(gradient**2))
     limit = jnp.inf if look.clip_norm is None else look.clip_norm
     clipped = (~(total <= limit)).astype(jnp.float32)
-    after = state._replace(
+    after = record._replace(
         gradient_norm=gradient,
-        clipped_share=state.clipped_share + rate * (clipped - state.clipped_share),
+        clipped_share=record.clipped_share + rate * (clipped - record.clipped_share),
         gradient_noise=_with_microbatches(
-            state.gradient_noise, microbatch_norms, gradient
+            record.gradient_noise, microbatch_norms, gradient
         ),
         update_norm=update,
         parameter_norm=parameter,
-        update_average=_averaged(state.update_average, update, rate),
+        update_average=_averaged(record.update_average, update, rate),
         update_growth=jnp.where(known & jnp.isfinite(update), growth, 1),
         update_ratio=jnp.where(
             has_ratio,
-            _averaged(state.update_ratio, ratio, rate),
-            state.update_ratio,
+            _averaged(record.update_ratio, ratio, rate),
+            record.update_ratio,
         ),
     )
-    bad = state.nonfinite
+    bad = record.nonfinite
     now = bad._replace(
-        step=state.step,
+        step=record.step,
         gradients=~jnp.isfinite(gradient),
         updates=~jnp.isfinite(update),
         parameters=~jnp.isfinite(parameter),
     )
     is_bad = now.loss | jnp.any(now.gradients) | jnp.any(now.updates)
-    is_first = (bad.step < 0) | (bad.step == state.step)
+    is_first = (bad.step < 0) | (bad.step == record.step)
     after = after._replace(nonfinite=chosen_by(is_bad & is_first, now, bad))
     seen = _with_layers(look, after, signals, is_first=is_bad & is_first)
-    after, seen = (jax.tree.map(placed_like, one, state) for one in (after, seen))
+    after, seen = (jax.tree.map(placed_like, one, record) for one in (after, seen))
     return chosen_by(signals.watched, seen, after)
 
 
 def _with_layers(
-    look: Look, state: MonitorState, signals: Signals, *, is_first: Array
-) -> MonitorState:
+    look: Look, record: MonitorRecord, signals: Signals, *, is_first: Array
+) -> MonitorRecord:
     """Looks at the layers as well."""
     names = look.names
     activation = _pooled(look, _rows(names, signals.activation_rms))
@@ -119,12 +120,12 @@ def _with_layers(
     if look.is_local and look.axis_name is not None:
         # The gradient of the mean of the devices' losses.
         came_back = came_back / jax.lax.axis_size(look.axis_name)
-    is_finite = jnp.isfinite(state.loss)
-    bad = state.nonfinite
-    rows = ~jnp.isfinite(activation) & jnp.isfinite(state.activation_rms)
-    return state._replace(
-        num_watched=state.num_watched + 1,
-        watched_step=jnp.where(is_finite, state.step, state.watched_step),
+    is_finite = jnp.isfinite(record.loss)
+    bad = record.nonfinite
+    rows = ~jnp.isfinite(activation) & jnp.isfinite(record.activation_rms)
+    return record._replace(
+        num_watched=record.num_watched + 1,
+        watched_step=jnp.where(is_finite, record.step, record.watched_step),
         nonfinite=bad._replace(
             watched=bad.watched | is_first,
             activations=jnp.where(is_first, rows, bad.activations),
@@ -134,9 +135,9 @@ def _with_layers(
         last_active={
             # NaN is no activity, nor its absence.
             name: jnp.where(
-                _everywhere(look, signals.dead[name]) | ~is_finite, last, state.step
+                _everywhere(look, signals.dead[name]) | ~is_finite, last, record.step
             )
-            for name, last in state.last_active.items()
+            for name, last in record.last_active.items()
         },
     )
 

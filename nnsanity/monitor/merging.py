@@ -1,5 +1,7 @@
 """Joins what the monitors of several hosts or runs saw of the same network."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -7,22 +9,29 @@ from nnsanity._types import Array
 from nnsanity.monitor.losses import chosen_by
 from nnsanity.monitor.state import (
     GradientNoise,
+    MonitorRecord,
     MonitorState,
     Nonfinite,
     Spike,
     Validation,
+    opened,
+    packed,
 )
 from nnsanity.monitor.verdicts import GROWTH_LIMIT, SPIKE_LENGTH
 
 
-@jax.jit
-def merged(a: MonitorState, b: MonitorState) -> MonitorState:
+@functools.partial(jax.jit, static_argnums=2)
+def merged(a: MonitorState, b: MonitorState, sizes: tuple[int, int]) -> MonitorState:
     """Joins two states; associative up to rounding, and a blank one changes nothing.
 
     Averages are weighed by the steps that were watched, norms and root mean squares
     pooled as squares.  What broke first stays, a unit is dead where it is dead in both,
     and overfitting is what shows in both.
     """
+    return packed(_merged(opened(a, sizes), opened(b, sizes)))
+
+
+def _merged(a: MonitorRecord, b: MonitorRecord) -> MonitorRecord:
     counts = a.num_watched, b.num_watched
 
     def mean(field: str) -> Array:
@@ -31,7 +40,7 @@ def merged(a: MonitorState, b: MonitorState) -> MonitorState:
     def pooled(field: str) -> Array:
         return _pooled(counts, getattr(a, field), getattr(b, field))
 
-    return MonitorState(
+    return MonitorRecord(
         step=jnp.maximum(a.step, b.step),
         num_watched=a.num_watched + b.num_watched,
         watched_step=jnp.maximum(a.watched_step, b.watched_step),

@@ -1,55 +1,56 @@
-"""The state of a monitor as a flat dictionary of numbers, for a log."""
+"""The record of a monitor as a flat dictionary of numbers, for a log."""
 
 import jax.numpy as jnp
 import numpy as np
 
 from nnsanity._types import Array
-from nnsanity.monitor.state import MonitorState, Names
+from nnsanity.monitor.names import Names
+from nnsanity.monitor.state import MonitorRecord
 from nnsanity.quantities.units import dead_fraction
 
 
 def metrics_of(
-    state: MonitorState, names: Names, *, patience: int, is_clipped: bool
+    record: MonitorRecord, names: Names, *, patience: int, is_clipped: bool
 ) -> dict[str, Array]:
     """Returns finite float32 scalars by name.
 
     Args:
-        state: on the device.
+        record: on the device.
         names: of leaves and layers.
         patience: steps without activity after which a unit counts as dead.
         is_clipped: whether the user said at which norm gradients are clipped.
     """
     values = {
-        "step": state.step,
-        "loss/last": state.loss,
-        "loss/average": state.loss_average,
-        "loss/spread": state.loss_spread,
-        "loss/lowest-average": state.lowest_average,
-        "loss/spike-step": state.spike.step,
-        "nonfinite/step": state.nonfinite.step,
-        "gradients/norm": jnp.sqrt(jnp.sum(state.gradient_norm**2)),
-        "validation/last": state.validation.loss,
-        "validation/lowest": state.validation.lowest,
-        "validation/lowest-step": state.validation.lowest_step,
+        "step": record.step,
+        "loss/last": record.loss,
+        "loss/average": record.loss_average,
+        "loss/spread": record.loss_spread,
+        "loss/lowest-average": record.lowest_average,
+        "loss/spike-step": record.spike.step,
+        "nonfinite/step": record.nonfinite.step,
+        "gradients/norm": jnp.sqrt(jnp.sum(record.gradient_norm**2)),
+        "validation/last": record.validation.loss,
+        "validation/lowest": record.validation.lowest,
+        "validation/lowest-step": record.validation.lowest_step,
     }
     if is_clipped:
-        values["gradients/clipped-share"] = state.clipped_share
-    noise = state.gradient_noise
+        values["gradients/clipped-share"] = record.clipped_share
+    noise = record.gradient_noise
     known = noise.square_norm > 0
     share = noise.noise / jnp.where(known, noise.square_norm, 1)
     values["gradients/noise-share"] = jnp.where(known, jnp.minimum(share, 1), 0)
     for index, (leaf, _) in enumerate(names.leaves):
-        values[f"gradients/{leaf}/norm"] = state.gradient_norm[index]
-        values[f"updates/{leaf}/norm"] = state.update_norm[index]
-        values[f"updates/{leaf}/ratio"] = state.update_ratio[index]
-        values[f"parameters/{leaf}/norm"] = state.parameter_norm[index]
+        values[f"gradients/{leaf}/norm"] = record.gradient_norm[index]
+        values[f"updates/{leaf}/norm"] = record.update_norm[index]
+        values[f"updates/{leaf}/ratio"] = record.update_ratio[index]
+        values[f"parameters/{leaf}/norm"] = record.parameter_norm[index]
     for index, (row, layer) in enumerate(names.rows):
-        values[f"activations/{row}/rms"] = state.activation_rms[index]
+        values[f"activations/{row}/rms"] = record.activation_rms[index]
         if layer not in names.without_gradient:
-            back = state.activation_gradient_rms[index]
+            back = record.activation_gradient_rms[index]
             values[f"activations/{row}/gradient-rms"] = back
-    for layer, last in state.last_active.items():
-        fraction = dead_fraction(state.watched_step - last >= patience)
+    for layer, last in record.last_active.items():
+        fraction = dead_fraction(record.watched_step - last >= patience)
         for place in np.ndindex(fraction.shape):
             row = layer + "".join(f"[{index}]" for index in place)
             values[f"activations/{row}/dead"] = fraction[place]

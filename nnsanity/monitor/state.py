@@ -1,20 +1,32 @@
-"""What a monitor keeps of a training, and the names that go with it."""
+"""What a monitor keeps of a training: a record, packed into a few arrays."""
 
-import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from nnsanity._tree import is_inexact, leaf_names
-from nnsanity._types import Array, LossFn, Params, PyTree
-from nnsanity.findings import listed
-from nnsanity.quantities.units import is_thresholded
-from nnsanity.signals import Signals
-from nnsanity.tracing.layers import inspect
+from nnsanity._types import Array
+from nnsanity.monitor.names import Names
 
-Leaves = tuple[tuple[str, tuple[int, ...]], ...]
+
+class MonitorState(NamedTuple):
+    """A record packed into few arrays; ``monitor.read`` unpacks it.
+
+    Every array that a compiled step takes and returns costs some microseconds, whatever
+    its size: fifty small ones weighed as much as all the measuring of a small network.
+
+    Attributes:
+        numbers: float32[numbers].
+        counts: int32[counts].
+        flags: bool[flags].
+        last_active: as in ``MonitorRecord``; it may be sharded as the units are.
+    """
+
+    numbers: Array
+    counts: Array
+    flags: Array
+    last_active: dict[str, Array]
 
 
 class Nonfinite(NamedTuple):
@@ -100,8 +112,8 @@ class Validation(NamedTuple):
     length: Array
 
 
-class MonitorState(NamedTuple):
-    """What a monitor keeps: small arrays, by leaf, by row and by unit.
+class MonitorRecord(NamedTuple):
+    """What a monitor has seen: by leaf, by row and by unit.
 
     Leaves are the floating-point parameters in the order of ``leaf_names``; rows are
     the layers in the order of execution, one for each turn of a scan over layers.
@@ -162,62 +174,50 @@ class MonitorState(NamedTuple):
     last_active: dict[str, Array]
 
 
-class Names(NamedTuple):
-    """What ``init`` learned: leaves with their shapes, and layers with theirs."""
-
-    leaves: Leaves
-    stacks: dict[str, tuple[int, ...]]
-    units: dict[str, int]
-    without_gradient: frozenset[str]
-    weights: tuple[int, ...]
-
-    @property
-    def groups(self) -> list[list[str]]:
-        """Layers next to each other that are stacked alike run turn by turn."""
-        by_stack = itertools.groupby(self.stacks, lambda name: self.stacks[name])
-        return [list(group) for _, group in by_stack]
-
-    @property
-    def rows(self) -> list[tuple[str, str]]:
-        """Each row's name, and that of its layer."""
-        return [
-            (name + "".join(f"[{index}]" for index in place), name)
-            for group in self.groups
-            for place in np.ndindex(self.stacks[group[0]])
-            for name in group
-        ]
-
-
-def names_of_network(loss_fn: LossFn, params: Params, *rest: PyTree) -> Names:
-    """Reads the names of leaves and layers from shapes, without arithmetic."""
-    network = inspect(loss_fn, params, *rest)
-    leaves = jax.tree.leaves(params)
-    position = {
-        leaf: rank
-        for rank, leaf in enumerate(
-            leaf for leaf, one in enumerate(leaves) if is_inexact(one)
-        )
+def blank_state(names: Names, *, every: int) -> MonitorState:
+    """Returns the state before the first step; no two of its arrays are one."""
+    last_active = {
+        # As if active just before the first look.
+        name: jnp.full((*names.stacks[name], units), -every, jnp.int32)
+        for name, units in names.units.items()
     }
-    return Names(
-        _inexact(params),
-        {one.layer.name: one.layer.stack for one in network.layers},
-        {o.layer.name: o.layer.units for o in network.layers if is_thresholded(o)},
-        frozenset(
-            one.layer.name
-            for one in network.layers
-            if network.without_gradient(one) is not None
-        ),
-        tuple(
-            position[one.weight]
-            for one in network.layers
-            if one.weight in position and one.layer.kind != "embedding"
-        ),
+    return packed(_blank(names.sizes)._replace(last_active=last_active))
+
+
+def packed(record: MonitorRecord) -> MonitorState:
+    """Joins the arrays of a record that have one type."""
+    leaves = jax.tree.leaves(record._replace(last_active={}))
+
+    def joined(dtype: Any) -> Array:
+        chosen = [jnp.ravel(leaf) for leaf in leaves if leaf.dtype == dtype]
+        return jnp.concatenate(chosen)
+
+    return MonitorState(
+        joined(jnp.float32), joined(jnp.int32), joined(jnp.bool_), record.last_active
     )
 
 
-def blank_state(names: Names, *, every: int) -> MonitorState:
-    """Returns the state before the first step; no two of its arrays are one."""
-    num_leaves, num_rows = len(names.leaves), len(names.rows)
+def opened(state: MonitorState, sizes: tuple[int, int]) -> MonitorRecord:
+    """Takes a state apart, on the device or on the host.
+
+    Args:
+        state: packed.
+        sizes: how many leaves and rows, ``Names.sizes``.
+    """
+    shapes = jax.eval_shape(lambda: _blank(sizes))
+    used = {jnp.dtype(one.dtype): 0 for one in state[:3]}
+    flat = {jnp.dtype(one.dtype): one for one in state[:3]}
+
+    def part(shape: jax.ShapeDtypeStruct) -> Any:
+        start = used[shape.dtype]
+        used[shape.dtype] = stop = start + math.prod(shape.shape)
+        return flat[shape.dtype][start:stop].reshape(shape.shape)
+
+    return jax.tree.map(part, shapes)._replace(last_active=state.last_active)
+
+
+def _blank(sizes: tuple[int, int]) -> MonitorRecord:
+    num_leaves, num_rows = sizes
 
     def zeros(*shape: int) -> Array:
         return jnp.zeros(shape, jnp.float32)
@@ -228,7 +228,7 @@ def blank_state(names: Names, *, every: int) -> MonitorState:
     def flags(*shape: int) -> Array:
         return jnp.zeros(shape, jnp.bool_)
 
-    return MonitorState(
+    return MonitorRecord(
         step=count(0),
         num_watched=count(0),
         watched_step=count(-1),
@@ -268,86 +268,5 @@ def blank_state(names: Names, *, every: int) -> MonitorState:
         update_ratio=zeros(num_leaves),
         activation_rms=zeros(num_rows),
         activation_gradient_rms=zeros(num_rows),
-        last_active={
-            # As if active just before the first look.
-            name: jnp.full((*names.stacks[name], units), -every, jnp.int32)
-            for name, units in names.units.items()
-        },
+        last_active={},
     )
-
-
-def check_scalar(function: str, argument: str, value: Any) -> None:
-    """Refuses a loss that is no number.
-
-    Raises:
-        ValueError: if it is not a floating-point scalar.
-    """
-    shape = getattr(value, "shape", None)
-    if shape == () and is_inexact(value):
-        return
-    hint = "; did you forget a mean?" if shape else ""
-    if isinstance(value, tuple):
-        hint = "; with has_aux=True it is the first of (loss, aux)"
-    raise ValueError(
-        f"{function}: {argument} must be a floating-point scalar, got {value!r}{hint}"
-    )
-
-
-def check_step(
-    names: Names,
-    loss: Any,
-    signals: Any,
-    trees: dict[str, PyTree],
-    *,
-    is_part: bool = False,
-) -> None:
-    """Refuses what can't be of a step of this network.
-
-    Args:
-        names: of the network.
-        loss: given by the user, as are all that follow.
-        signals: of the step.
-        trees: by the name of their argument.
-        is_part: whether leaves may be parts of those that ``init`` saw.
-
-    Raises:
-        TypeError: if a value is of another type.
-        ValueError: if a value is of another shape or structure.
-    """
-    check_scalar("monitor.update", "loss", loss)
-    if not isinstance(signals, Signals):
-        raise TypeError(
-            "monitor.update: signals must be the Signals of ns.value_and_grad, got"
-            f" {type(signals).__name__}; take them from (loss, signals), grads ="
-            " ns.value_and_grad(loss_fn)(params, batch)"
-        )
-    shapes = {name: jnp.shape(one) for name, one in signals.activation_rms.items()}
-    if shapes != names.stacks:
-        raise ValueError(
-            f"monitor.update: signals are of layers {listed(shapes)}, monitor.init saw"
-            f" {listed(names.stacks)}; were they given the same loss_fn?"
-        )
-    for argument, tree in trees.items():
-        found, wanted = _inexact(tree), names.leaves
-        if is_part:
-            found, wanted = _without_sizes(found), _without_sizes(wanted)
-        if found != wanted:
-            differing = [f"{name} {list(shape)}" for name, shape in found]
-            known = [f"{name} {list(shape)}" for name, shape in wanted]
-            missing = [f"no {one}" for one in known if one not in differing]
-            more = [one for one in differing if one not in known]
-            raise ValueError(
-                f"monitor.update: {argument} must have the floating-point leaves of the"
-                f" params that monitor.init saw, got {listed(missing + more)}; was it"
-                " given the same params?"
-            )
-
-
-def _without_sizes(leaves: Leaves) -> Leaves:
-    return tuple((name, (0,) * len(shape)) for name, shape in leaves)
-
-
-def _inexact(tree: PyTree) -> Leaves:
-    """Returns names and shapes of the floating-point leaves."""
-    named = zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
-    return tuple((name, jnp.shape(leaf)) for name, leaf in named if is_inexact(leaf))

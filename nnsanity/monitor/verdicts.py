@@ -1,4 +1,4 @@
-"""Judges the state of a monitor: what went wrong, in which step and where."""
+"""Judges the record of a monitor: what went wrong, in which step and where."""
 
 import math
 
@@ -7,7 +7,8 @@ import numpy as np
 from nnsanity.checks.gradients import DEAD_LIMIT, VANISHING_LIMIT
 from nnsanity.checks.regularization import RISE_LIMIT
 from nnsanity.findings import Finding, listed, number
-from nnsanity.monitor.state import MonitorState, Names
+from nnsanity.monitor.names import Names
+from nnsanity.monitor.state import MonitorRecord
 
 RATIO_LIMIT = 0.1
 """Healthy |update| / |parameter|: a hundred times Karpathy's usual 1e-3."""
@@ -25,45 +26,45 @@ SETTLED = 100
 
 
 def judge_monitor(
-    state: MonitorState, names: Names, *, every: int, window: int
+    record: MonitorRecord, names: Names, *, every: int, window: int
 ) -> tuple[Finding, ...]:
     """Says what went wrong, causes first.
 
     Args:
-        state: on the host.
+        record: on the host.
         names: of leaves and layers.
         every: steps from one look to the next.
         window: looks without activity after which a unit counts as dead.
     """
     return (
-        *_too_high(state, names),
-        *_nonfinite(state, names, every),
-        *_dead_units(state, names, every, window),
-        *_overfitting(state),
-        *_vanishing(state, names),
+        *_too_high(record, names),
+        *_nonfinite(record, names, every),
+        *_dead_units(record, names, every, window),
+        *_overfitting(record),
+        *_vanishing(record, names),
     )
 
 
-def _has_lost(state: MonitorState) -> bool:
+def _has_lost(record: MonitorRecord) -> bool:
     """Tells whether the loss stands well above its best, or is no number."""
-    gained = np.nan_to_num(float(state.loss_start - state.lowest_average)).clip(0)
-    best = float(state.lowest_average) + LOST_SHARE * gained
-    is_back = bool(np.isfinite(state.loss)) and float(state.loss_average) <= best
+    gained = np.nan_to_num(float(record.loss_start - record.lowest_average)).clip(0)
+    best = float(record.lowest_average) + LOST_SHARE * gained
+    is_back = bool(np.isfinite(record.loss)) and float(record.loss_average) <= best
     return not is_back
 
 
-def _too_high(state: MonitorState, names: Names) -> list[Finding]:
-    spike = state.spike
+def _too_high(record: MonitorRecord, names: Names) -> list[Finding]:
+    spike = record.spike
     if spike.length >= SPIKE_LENGTH and spike.growth > GROWTH_LIMIT:
-        return [_spike(state, names)]
-    if _rose_before(state) and state.nonfinite.step - spike.step >= SPIKE_LENGTH:
-        return [_diverged(state, names)]
-    if state.num_watched < SETTLED and np.isfinite(state.loss):
+        return [_spike(record, names)]
+    if _rose_before(record) and record.nonfinite.step - spike.step >= SPIKE_LENGTH:
+        return [_diverged(record, names)]
+    if record.num_watched < SETTLED and np.isfinite(record.loss):
         return []
-    ratio = _usual_ratio(state, names)
-    if ratio <= RATIO_LIMIT or not _has_lost(state):
+    ratio = _usual_ratio(record, names)
+    if ratio <= RATIO_LIMIT or not _has_lost(record):
         return []
-    largest = max(names.weights, key=lambda leaf: state.update_ratio[leaf])
+    largest = max(names.weights, key=lambda leaf: record.update_ratio[leaf])
     return [
         Finding(
             "learning-rate/too-high",
@@ -72,13 +73,13 @@ def _too_high(state: MonitorState, names: Names) -> list[Finding]:
             names.leaves[largest][0],
             ratio,
             RATIO_LIMIT,
-            f"Up to step {state.step - 1} an update moved half of the weights by more"
+            f"Up to step {record.step - 1} an update moved half of the weights by more"
             f" than {number(ratio)} of their own size, where 0.001 is usual, and the"
-            f" loss is at {number(float(state.loss))} after an average of"
-            f" {number(float(state.lowest_average))} at step {state.lowest_step}."
-            f"{_since(state) if _rises(state) else ''}",
-            _LOWER.format(state.spike.step)
-            if _rises(state)
+            f" loss is at {number(float(record.loss))} after an average of"
+            f" {number(float(record.lowest_average))} at step {record.lowest_step}."
+            f"{_since(record) if _rises(record) else ''}",
+            _LOWER.format(record.spike.step)
+            if _rises(record)
             else "Divide the learning rate by 10 until the loss falls steadily.",
         )
     ]
@@ -87,29 +88,29 @@ def _too_high(state: MonitorState, names: Names) -> list[Finding]:
 _LOWER = "Lower the learning rate, and look at what it did before step {}."
 
 
-def _rises(state: MonitorState) -> bool:
+def _rises(record: MonitorRecord) -> bool:
     """Tells whether the loss rose, and has not come back."""
-    spike = state.spike
-    is_last = spike.step + spike.length == state.step
+    spike = record.spike
+    is_last = spike.step + spike.length == record.step
     return bool(spike.step >= 0 and spike.length >= SPIKE_LENGTH and is_last)
 
 
-def _since(state: MonitorState) -> str:
-    level = number(float(state.spike.level))
-    return f" The loss had been above {level} since step {state.spike.step}."
+def _since(record: MonitorRecord) -> str:
+    level = number(float(record.spike.level))
+    return f" The loss had been above {level} since step {record.spike.step}."
 
 
-def _usual_ratio(state: MonitorState, names: Names) -> float:
+def _usual_ratio(record: MonitorRecord, names: Names) -> float:
     """Median over the weights: biases and what starts at zero move far at first."""
-    ratios = state.update_ratio[list(names.weights)]
+    ratios = record.update_ratio[list(names.weights)]
     return float(np.median(ratios)) if ratios.size else 0.0
 
 
-def _spike(state: MonitorState, names: Names) -> Finding:
-    spike, growth = state.spike, float(state.spike.growth)
+def _spike(record: MonitorRecord, names: Names) -> Finding:
+    spike, growth = record.spike, float(record.spike.growth)
     name = names.leaves[int(spike.leaf)][0]
-    lost = _has_lost(state)
-    now = f"it is now at {number(float(state.loss))}"
+    lost = _has_lost(record)
+    now = f"it is now at {number(float(record.loss))}"
     return Finding(
         "learning-rate/too-high",
         6,
@@ -125,9 +126,9 @@ def _spike(state: MonitorState, names: Names) -> Finding:
     )
 
 
-def _diverged(state: MonitorState, names: Names) -> Finding:
+def _diverged(record: MonitorRecord, names: Names) -> Finding:
     """Between two looks: how large the updates were is not known."""
-    begun, bad = int(state.spike.step), state.nonfinite
+    begun, bad = int(record.spike.step), record.nonfinite
     flags = np.asarray(bad.parameters) | np.asarray(bad.gradients)
     return Finding(
         "learning-rate/too-high",
@@ -136,15 +137,15 @@ def _diverged(state: MonitorState, names: Names) -> Finding:
         _first(flags, names) if flags.any() else "optimizer",
         float(bad.step - begun),
         float(SPIKE_LENGTH),
-        f"The loss rose above {number(float(state.spike.level))} at step {begun}, and"
+        f"The loss rose above {number(float(record.spike.level))} at step {begun}, and"
         f" {bad.step - begun} steps later it was no number any more: it grew from step"
         " to step, as it does at a rate that is too high.",
         _LOWER.format(begun),
     )
 
 
-def _nonfinite(state: MonitorState, names: Names, every: int) -> list[Finding]:
-    bad = state.nonfinite
+def _nonfinite(record: MonitorRecord, names: Names, every: int) -> list[Finding]:
+    bad = record.nonfinite
     if bad.step < 0:
         return []
     leaves = [name for name, _ in names.leaves]
@@ -172,12 +173,12 @@ def _nonfinite(state: MonitorState, names: Names, every: int) -> list[Finding]:
         )
     else:
         words += " The parameters were still finite."
-    if _rose_before(state):
-        words += _since(state)
+    if _rose_before(record):
+        words += _since(record)
     flags = [np.asarray(one) for one in (bad.parameters, bad.gradients, bad.updates)]
     where = [*rows, *(_first(flag, names) for flag in flags if flag.any()), "loss"][0]
     num_bad = len(rows) + len(gradients) + len(updates) + int(bad.loss)
-    advice = _advice(state, names, rows)
+    advice = _advice(record, names, rows)
     # Scaled losses overflow now and then; an update of zero leaves the step out.
     is_harmless = not bad.loss and not updates
     if is_harmless:
@@ -202,10 +203,10 @@ def _first(bad: np.ndarray, names: Names) -> str:
     return next(names.leaves[leaf][0] for leaf in order if bad[leaf])
 
 
-def _rose_before(state: MonitorState) -> bool:
+def _rose_before(record: MonitorRecord) -> bool:
     """Tells whether the loss rose until it was no number any more."""
-    begun, bad = int(state.spike.step), int(state.nonfinite.step)
-    return 0 <= begun < bad <= begun + int(state.spike.length)
+    begun, bad = int(record.spike.step), int(record.nonfinite.step)
+    return 0 <= begun < bad <= begun + int(record.spike.length)
 
 
 def _counted(kind: str, bad: list[str], leaves: list[str]) -> list[str]:
@@ -214,13 +215,13 @@ def _counted(kind: str, bad: list[str], leaves: list[str]) -> list[str]:
     return [f"the {kind} of {len(bad)} of {len(leaves)} parameters ({listed(bad)})"]
 
 
-def _advice(state: MonitorState, names: Names, rows: list[str]) -> str:
-    bad = state.nonfinite
-    if _rose_before(state):
-        return _LOWER.format(state.spike.step)
+def _advice(record: MonitorRecord, names: Names, rows: list[str]) -> str:
+    bad = record.nonfinite
+    if _rose_before(record):
+        return _LOWER.format(record.spike.step)
     if not bad.loss and not bad.gradients.any():
         return "Look into the optimizer: finite gradients became other updates."
-    if not _usual_ratio(state, names) <= RATIO_LIMIT:
+    if not _usual_ratio(record, names) <= RATIO_LIMIT:
         return "Divide the learning rate by 10: updates are as large as weights."
     if bad.parameters.any() and bad.step > 0:
         return (
@@ -251,13 +252,13 @@ def _advice(state: MonitorState, names: Names, rows: list[str]) -> str:
 
 
 def _dead_units(
-    state: MonitorState, names: Names, every: int, window: int
+    record: MonitorRecord, names: Names, every: int, window: int
 ) -> list[Finding]:
     findings = []
     for layer in names.stacks:
-        last = state.last_active.get(layer, np.zeros(0, np.int32))
+        last = record.last_active.get(layer, np.zeros(0, np.int32))
         for place in np.ndindex(last.shape[:-1]):
-            inactive = state.watched_step - last[place] >= window * every
+            inactive = record.watched_step - last[place] >= window * every
             fraction = float(np.mean(inactive)) if inactive.size else 0.0
             if fraction <= DEAD_LIMIT:
                 continue
@@ -275,7 +276,7 @@ def _dead_units(
                     fraction,
                     DEAD_LIMIT,
                     f"{len(units)} of {inactive.size} units of {row} were not active in"
-                    f" the last {window} watched steps up to {state.watched_step}"
+                    f" the last {window} watched steps up to {record.watched_step}"
                     f" (units {listed(units)}): {died if dead.max() >= 0 else never}"
                     f"{f', {never}' if dead.min() < 0 <= dead.max() else ''}.",
                     "Lower the learning rate, above all of the biases, start the biases"
@@ -285,10 +286,10 @@ def _dead_units(
     return findings
 
 
-def _overfitting(state: MonitorState) -> list[Finding]:
-    seen = state.validation
-    still_falls = float(state.loss_average) < float(seen.training)
-    if seen.num_evaluations and not np.isfinite(seen.loss) and np.isfinite(state.loss):
+def _overfitting(record: MonitorRecord) -> list[Finding]:
+    seen = record.validation
+    still_falls = float(record.loss_average) < float(seen.training)
+    if seen.num_evaluations and not np.isfinite(seen.loss) and np.isfinite(record.loss):
         return [
             Finding(
                 "results/nonfinite",
@@ -316,7 +317,7 @@ def _overfitting(state: MonitorState) -> list[Finding]:
             f"The validation loss fell to {number(lowest)} at step {seen.lowest_step}"
             f" and rose again to {number(last)} at step {seen.step}, while the average"
             f" training loss went on from {number(float(seen.training))} to"
-            f" {number(float(state.loss_average))}: the network learns examples by"
+            f" {number(float(record.loss_average))}: the network learns examples by"
             " heart.",
             f"Keep the parameters of step {seen.lowest_step}; get more data, or make"
             " more by augmentation; add dropout of 0.1 to 0.25 or weight decay.",
@@ -324,17 +325,17 @@ def _overfitting(state: MonitorState) -> list[Finding]:
     ]
 
 
-def _vanishing(state: MonitorState, names: Names) -> list[Finding]:
-    if state.num_watched < SETTLED or not np.isfinite(state.gradient_norm).all():
+def _vanishing(record: MonitorRecord, names: Names) -> list[Finding]:
+    if record.num_watched < SETTLED or not np.isfinite(record.gradient_norm).all():
         return []
     sizes = [math.prod(shape) for _, shape in names.leaves]
-    weights = [leaf for leaf in names.weights if state.gradient_norm[leaf] > 0]
+    weights = [leaf for leaf in names.weights if record.gradient_norm[leaf] > 0]
     if len(weights) < 2:
         return []
     first, last = weights[0], weights[-1]
     gradients, ratios = (
         [float(norm[leaf]) / math.sqrt(max(sizes[leaf], 1)) for leaf in (first, last)]
-        for norm in (state.gradient_norm, state.update_average)
+        for norm in (record.gradient_norm, record.update_average)
     )
     # An optimizer that divides by the gradient's size learns in spite of it.
     share, moved = gradients[0] / gradients[1], ratios[0] / max(ratios[1], 1e-38)
@@ -349,7 +350,7 @@ def _vanishing(state: MonitorState, names: Names) -> list[Finding]:
             first_name,
             share,
             VANISHING_LIMIT,
-            f"At step {state.step - 1} the gradient of {first_name} has the root mean"
+            f"At step {record.step - 1} the gradient of {first_name} has the root mean"
             f" square {number(gradients[0])}, that of {last_name}"
             f" {number(gradients[1])}; its updates have been {number(moved)} times as"
             f" large: the first layer hardly learns.",

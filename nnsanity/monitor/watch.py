@@ -21,13 +21,18 @@ from nnsanity.monitor.looks import (
 from nnsanity.monitor.losses import seen_late, with_loss, with_validation
 from nnsanity.monitor.merging import merged
 from nnsanity.monitor.metrics import metrics_of
-from nnsanity.monitor.state import (
-    MonitorState,
+from nnsanity.monitor.names import (
     Names,
-    blank_state,
     check_scalar,
     check_step,
     names_of_network,
+)
+from nnsanity.monitor.state import (
+    MonitorRecord,
+    MonitorState,
+    blank_state,
+    opened,
+    packed,
 )
 from nnsanity.monitor.verdicts import judge_monitor
 from nnsanity.monitor.wrapping import wrapped
@@ -55,6 +60,7 @@ class Monitor(NamedTuple):
         validate: ``validate(state, validation_loss) -> state``, whenever the loss on
             other examples was computed.
         merge: ``merge(a, b) -> state``, of two hosts or two runs; associative.
+        read: ``read(state) -> MonitorRecord``, what the state holds.
         metrics: ``metrics(state) -> dict[str, Array]``, finite float32 scalars; what is
             not finite is 0, and counted by ``"nonfinite/count"``; what was never given
             (a validation loss, microbatches) is 0 as well.
@@ -69,6 +75,7 @@ class Monitor(NamedTuple):
     update: Callable[..., MonitorState]
     validate: Callable[[MonitorState, Array], MonitorState]
     merge: Callable[[MonitorState, MonitorState], MonitorState]
+    read: Callable[[MonitorState], MonitorRecord]
     metrics: Callable[[MonitorState], dict[str, Array]]
     diagnose: Callable[[MonitorState], tuple[Finding, ...]]
     around: Callable[..., optax.GradientTransformationExtraArgs]
@@ -140,8 +147,8 @@ def monitor(
         return blank_state(known[0], every=every)
 
     def due(state: MonitorState) -> Array | bool:
-        names_of("monitor.due", state)
-        return True if every == 1 else state.step % every == 0
+        names = names_of("monitor.due", state)
+        return True if every == 1 else opened(state, names.sizes).step % every == 0
 
     def update(
         state: MonitorState,
@@ -163,41 +170,55 @@ def monitor(
         check_step(names, loss, signals, trees, is_part=axis_name is not None)
         if microbatch_norms is not None:
             _check_norms(microbatch_norms)
-        before, loss = state, jnp.asarray(loss).astype(jnp.float32)
+        loss = jnp.asarray(loss).astype(jnp.float32)
         is_local = axis_name is not None and _is_local(loss, axis_name, trees)
         look = Look(names, clip_norm, axis_name, is_local=is_local)
         loss = loss if axis_name is None else jax.lax.pmean(loss, axis_name)
-        state = with_loss(state, loss, every)
-        is_due = signals.watched & (state.step % every == 0)
+        before = opened(state, names.sizes)
+        record = with_loss(before, loss, every)
+        is_due = signals.watched & (record.step % every == 0)
         leaves = Trees(
             inexact_leaves(grads), _leaves_of(updates), inexact_leaves(params)
         )
-        state = with_look(look, state, is_due, signals, microbatch_norms, leaves)
+        record = with_look(look, record, is_due, signals, microbatch_norms, leaves)
         if every > 1:
-            state = state._replace(spike=seen_late(state, is_due, every))
+            record = record._replace(spike=seen_late(record, is_due, every))
         if validation_loss is not None:
-            state = validate(state, validation_loss)
-        state = state._replace(step=state.step + 1)
-        return jax.tree.map(placed_like, state, before)
+            record = validated(record, validation_loss)
+        record = record._replace(step=record.step + 1)
+        return repacked(record, before, state)
 
-    def validate(state: MonitorState, validation_loss: Array) -> MonitorState:
-        names_of("monitor.validate", state)
+    def validated(record: MonitorRecord, validation_loss: Array) -> MonitorRecord:
         check_scalar("monitor.validate", "validation_loss", validation_loss)
-        after = with_validation(state, jnp.asarray(validation_loss))
+        return with_validation(record, jnp.asarray(validation_loss))
+
+    def repacked(
+        record: MonitorRecord, before: MonitorRecord, state: MonitorState
+    ) -> MonitorState:
+        after = packed(jax.tree.map(placed_like, record, before))
         return jax.tree.map(placed_like, after, state)
 
+    def validate(state: MonitorState, validation_loss: Array) -> MonitorState:
+        before = opened(state, names_of("monitor.validate", state).sizes)
+        return repacked(validated(before, validation_loss), before, state)
+
     def merge(a: MonitorState, b: MonitorState) -> MonitorState:
-        names_of("monitor.merge", a, b)
-        return merged(a, b)
+        return merged(a, b, names_of("monitor.merge", a, b).sizes)
+
+    def read(state: MonitorState) -> MonitorRecord:
+        return opened(state, names_of("monitor.read", state).sizes)
 
     def metrics(state: MonitorState) -> dict[str, Array]:
         names = names_of("monitor.metrics", state)
         is_clipped = clip_norm is not None
-        return metrics_of(state, names, patience=window * every, is_clipped=is_clipped)
+        record = opened(state, names.sizes)
+        patience = window * every
+        return metrics_of(record, names, patience=patience, is_clipped=is_clipped)
 
     def diagnose(state: MonitorState) -> tuple[Finding, ...]:
         names = names_of("monitor.diagnose", state)
-        return judge_monitor(jax.device_get(state), names, every=every, window=window)
+        record = opened(jax.device_get(state), names.sizes)
+        return judge_monitor(record, names, every=every, window=window)
 
     def around(
         optimizer: optax.GradientTransformation, loss_fn: LossFn, *rest: PyTree
@@ -207,7 +228,7 @@ def monitor(
 
         return wrapped(optimizer, init_for, update, is_repeated=every > 1)
 
-    return Monitor(init, due, update, validate, merge, metrics, diagnose, around)
+    return Monitor(init, due, update, validate, merge, read, metrics, diagnose, around)
 
 
 def _known_names(

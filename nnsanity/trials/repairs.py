@@ -119,7 +119,9 @@ def standardizing(problem: Problem, inputs: PyTree) -> tuple[PyTree, PyTree]:
 
     leaves, structure = jax.tree.flatten(inputs)
     pairs = [shift_and_scale(leaf) for leaf in leaves]
-    shift, scale = (structure.unflatten(one) for one in zip(*pairs, strict=True))
+    shift, scale = (
+        jax.tree.unflatten(structure, one) for one in zip(*pairs, strict=True)
+    )
     return shift, scale
 
 

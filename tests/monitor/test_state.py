@@ -161,14 +161,14 @@ def test_gradient_accumulation_is_the_whole_batch():
     carry = start(watch)
     for _ in range(4):
         carry = jax.jit(accumulated)(carry, BATCH)
-    state = carry[2]
-    noise, blank = state.gradient_noise, start(watch)[2].gradient_noise
-    assert_alike(state._replace(gradient_noise=blank), trained(watch)[2])
+    found, expected = watch.read(carry[2]), watch.read(trained(watch)[2])
+    noise = found.gradient_noise
+    assert_alike(found._replace(gradient_noise=expected.gradient_noise), expected)
     assert noise.num_steps == 4
     # One step: the same as the function that is made for it.
     carry = jax.jit(accumulated)(start(watch), BATCH)
     found = ns.gradient_noise_scale(loss_fn, PARAMS, BATCH, num_microbatches=4)
-    noise = carry[2].gradient_noise
+    noise = watch.read(carry[2]).gradient_noise
     share = float(watch.metrics(carry[2])["gradients/noise-share"])
     np.testing.assert_allclose(noise.noise * 64, found.covariance_trace, rtol=1e-4)
     np.testing.assert_allclose(64 * share / (1 - share), found.noise_scale, rtol=1e-4)

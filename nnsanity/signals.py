@@ -1,5 +1,6 @@
 """What passes through the layers: activations, and the gradients that come back."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +16,15 @@ from nnsanity.quantities.units import dead_of, is_thresholded, never_active
 from nnsanity.tracing.compat import zeros_of
 from nnsanity.tracing.layers import Located, Network, Uninspected, inspect
 from nnsanity.tracing.steps import Site
-from nnsanity.tracing.tap import Reading, Readings, Slots, Taps, evaluate, varied
+from nnsanity.tracing.tap import (
+    Reading,
+    Readings,
+    Slots,
+    Taps,
+    evaluate,
+    varied,
+    watched,
+)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -48,35 +57,93 @@ def activations(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> dict[str, 
     return {sites[site]: one.where_it_ran() for site, one in readings.items()}
 
 
-class Signals(NamedTuple):
+FIELDS = (
+    "preactivation_rms",
+    "activation_rms",
+    "preactivation_gradient_rms",
+    "activation_gradient_rms",
+)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("numbers", "stacks", "dead", "ran", "watched", "uninspected"),
+    meta_fields=("places",),
+)
+@dataclasses.dataclass(frozen=True)
+class Signals:
     """What passed through the layers in one step, by layer name.
 
     Layers inside of a scan over layers are stacked: one more axis of its length.  Turns
     of a loop with the same weights, such as time steps, count as more examples.  What
     the loss does with the outputs counts as the nonlinearity of the last layer.
 
+    A pytree of few arrays: each that a compiled step returns costs some microseconds,
+    whatever its size.
+
     Attributes:
-        preactivation_rms: float32[], root mean square of what enters the nonlinearity.
-        activation_rms: float32[], of what leaves it.
-        preactivation_gradient_rms: float32[], of the gradient of the loss by what
-            enters the nonlinearity; 0 where nothing comes back.
-        activation_gradient_rms: float32[], by what leaves it.
-        dead: bool[units], units that a thresholding nonlinearity held at a flat end for
-            every example; only layers that have one.
-        ran: bool[], only layers inside of a branch or a while loop: False where that
-            was not taken, then their numbers are 0.
+        preactivation_rms: float32[] by layer, root mean square of what enters the
+            nonlinearity.
+        activation_rms: float32[] by layer, of what leaves it.
+        preactivation_gradient_rms: float32[] by layer, of the gradient of the loss by
+            what enters the nonlinearity; 0 where nothing comes back.
+        activation_gradient_rms: float32[] by layer, by what leaves it.
+        dead: bool[units] by layer, units that a thresholding nonlinearity held at a
+            flat end for every example; only layers that have one.
+        ran: bool[] by layer, only layers inside of a branch or a while loop: False
+            where that was not taken, then their numbers are 0.
         watched: bool[]; False where ``when`` was, then all the numbers are 0.
         uninspected: parameters that belong to no layer, and why.
+        numbers: float32[numbers], the four above, of layers that are not stacked.
+        stacks: those of stacked layers, by field and layer.
+        places: field and layer of each number.
     """
 
-    preactivation_rms: dict[str, Array]
-    activation_rms: dict[str, Array]
-    preactivation_gradient_rms: dict[str, Array]
-    activation_gradient_rms: dict[str, Array]
+    numbers: Array
+    stacks: dict[str, dict[str, Array]]
     dead: dict[str, Array]
     ran: dict[str, Array]
     watched: Array
     uninspected: Uninspected
+    places: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(
+        cls,
+        fields: Mapping[str, Mapping[str, Array]],
+        *,
+        dead: dict[str, Array],
+        ran: dict[str, Array],
+        watched: Array,
+        uninspected: Uninspected,
+    ) -> "Signals":
+        """Packs numbers by field and layer."""
+        named = {
+            (field, layer): number
+            for field, by_layer in fields.items()
+            for layer, number in by_layer.items()
+        }
+        places = tuple(place for place, one in named.items() if not jnp.ndim(one))
+        stacks: dict[str, dict[str, Array]] = {field: {} for field in fields}
+        for field, layer in named.keys() - set(places):
+            stacks[field][layer] = named[field, layer]
+        numbers = [named[place] for place in places]
+        packed = jnp.stack(numbers) if numbers else jnp.zeros(0, jnp.float32)
+        return cls(packed, stacks, dead, ran, watched, uninspected, places)
+
+    def by_layer(self, field: str) -> dict[str, Array]:
+        """Returns the numbers of one of the first four fields."""
+        single = {
+            layer: self.numbers[..., index]
+            for index, (one, layer) in enumerate(self.places)
+            if one == field
+        }
+        return single | self.stacks[field]
+
+    preactivation_rms = property(lambda self: self.by_layer(FIELDS[0]))
+    activation_rms = property(lambda self: self.by_layer(FIELDS[1]))
+    preactivation_gradient_rms = property(lambda self: self.by_layer(FIELDS[2]))
+    activation_gradient_rms = property(lambda self: self.by_layer(FIELDS[3]))
 
 
 def value_and_grad(
@@ -221,13 +288,14 @@ def _taps(network: Network, *, when: Array | bool) -> tuple[Taps, Slots]:
             sizes = [axis.size for axis in one.around]
             slot = jnp.full(sizes, jnp.where(when, 0.0, 1.0), jnp.float32)
             slots |= dict.fromkeys((before, after), slot)
+    watch = functools.partial(watched, _add_mean_square if when is True else _add_if)
     if when is True:
-        return Taps(measures, watch=dict.fromkeys(slots, _watch), fold=_folded), slots
+        return Taps(measures, watch=dict.fromkeys(slots, watch), fold=_folded), slots
     read = {
         site: functools.partial(_only_if, jnp.asarray(when), measure)
         for site, measure in measures.items()
     }
-    return Taps(read, watch=dict.fromkeys(slots, _watch_if), fold=_folded), slots
+    return Taps(read, watch=dict.fromkeys(slots, watch), fold=_folded), slots
 
 
 class _Measure(NamedTuple):
@@ -273,35 +341,14 @@ def _only_if(when: Array, measure: Callable, values: Array) -> PyTree:
     return jax.lax.cond(when, measured, blank, values)
 
 
-@jax.custom_vjp
-def _watch(value: Array, slot: Array) -> Array:
-    """Hands the value on; the gradient by the slot is the statistic of its gradient."""
-    del slot
-    return value
-
-
-@jax.custom_vjp
-def _watch_if(value: Array, slot: Array) -> Array:
-    """The same where the slot is 0."""
-    del slot
-    return value
-
-
-def _forward(value: Array, slot: Array) -> tuple[Array, Array]:
-    return value, slot
-
-
-def _backward(slot: Array, gradient: Array) -> tuple[Array, Array]:
+def _add_mean_square(slot: Array, gradient: Array) -> Array:
     # The sum with the slot varies over the devices that the slot varies over.
-    return gradient, slot + _mean_square(gradient)
+    return slot + _mean_square(gradient)
 
 
-def _backward_if(slot: Array, gradient: Array) -> tuple[Array, Array]:
-    return gradient, 0 * slot + _only_if(slot == 0, _mean_square, gradient)
-
-
-_watch.defvjp(_forward, _backward)
-_watch_if.defvjp(_forward, _backward_if)
+def _add_if(slot: Array, gradient: Array) -> Array:
+    """The same where the slot is 0."""
+    return 0 * slot + _only_if(slot == 0, _mean_square, gradient)
 
 
 def _signals(
@@ -310,32 +357,35 @@ def _signals(
     gradients: Mapping[Site, Array],
     watched: Array,
 ) -> Signals:
-    signals = Signals({}, {}, {}, {}, {}, {}, watched, Uninspected.of(network))
+    fields: dict[str, dict[str, Array]] = {field: {} for field in FIELDS}
+    dead, has_run = {}, {}
     for one in network.layers:
         name, after = one.layer.name, network.site(one.after)
-        for site, values, backward in (
-            (
-                network.site(one.before),
-                signals.preactivation_rms,
-                signals.preactivation_gradient_rms,
-            ),
-            (after, signals.activation_rms, signals.activation_gradient_rms),
+        for site, forward, backward in (
+            (network.site(one.before), *FIELDS[0::2]),
+            (after, *FIELDS[1::2]),
         ):
             measure = readings[site].value
             reading = readings[site]._replace(value=measure.mean_square)
-            values[name] = _root(reading, one, watched)
+            fields[forward][name] = _root(reading, one, watched)
             if site in gradients:
                 back = reading._replace(value=gradients[site])
-                backward[name] = _root(back, one, watched)
+                fields[backward][name] = _root(back, one, watched)
         ran = Reading(None, readings[after].ran).merged(one.shared, jnp.any).ran
         if ran is not None:
             missing = (1,) * (len(one.stack) - ran.ndim)
             ran = jnp.broadcast_to(ran.reshape(ran.shape + missing), one.layer.stack)
-            signals.ran[name] = ran & watched
+            has_run[name] = ran & watched
         if is_thresholded(one):
             mask = readings[after]._replace(value=readings[after].value.dead)
-            signals.dead[name] = dead_of(mask, one)
-    return signals
+            dead[name] = dead_of(mask, one)
+    return Signals.of(
+        fields,
+        dead=dead,
+        ran=has_run,
+        watched=watched,
+        uninspected=Uninspected.of(network),
+    )
 
 
 def _root(squares: Reading, one: Located, watched: Array) -> Array:

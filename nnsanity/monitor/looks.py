@@ -11,7 +11,7 @@ from nnsanity._types import Array
 from nnsanity.monitor.losses import chosen_by, rate_of
 from nnsanity.monitor.names import Names
 from nnsanity.monitor.state import GradientNoise, MonitorRecord
-from nnsanity.signals import Signals
+from nnsanity.signals import FIELDS, Signals
 from nnsanity.tracing.compat import varies
 
 LEAF_RATE = 0.01
@@ -158,15 +158,17 @@ def over_microbatches(signals: Signals) -> Signals:
     def anywhere(flag: Array) -> Array:
         return jnp.any(flag, axis=0)
 
-    return Signals(
-        jax.tree.map(pooled, signals.preactivation_rms),
-        jax.tree.map(pooled, signals.activation_rms),
-        jax.tree.map(came_back, signals.preactivation_gradient_rms),
-        jax.tree.map(came_back, signals.activation_gradient_rms),
-        jax.tree.map(everywhere, signals.dead),
-        jax.tree.map(anywhere, signals.ran),
-        anywhere(signals.watched),
-        signals.uninspected,
+    return Signals.of(
+        {
+            field: jax.tree.map(
+                came_back if "gradient" in field else pooled, signals.by_layer(field)
+            )
+            for field in FIELDS
+        },
+        dead=jax.tree.map(everywhere, signals.dead),
+        ran=jax.tree.map(anywhere, signals.ran),
+        watched=anywhere(signals.watched),
+        uninspected=signals.uninspected,
     )
 
 

@@ -16,7 +16,14 @@ from nnsanity.tracing.geometry import weight_geometry
 from nnsanity.tracing.layers import Located, Network, inspect
 from nnsanity.tracing.replace import matched
 from nnsanity.tracing.steps import Site
-from nnsanity.tracing.tap import Reading, Readings, Taps, evaluate, varied
+from nnsanity.tracing.tap import (
+    Reading,
+    Readings,
+    Taps,
+    evaluate,
+    varied,
+    watched,
+)
 
 
 class Look(NamedTuple):
@@ -133,7 +140,8 @@ def seen_both_ways(
         if network.without_gradient(one) is None:
             site = network.site(one.before)
             shape = (*(axis.size for axis in one.around), one.layer.units)
-            watch[site] = functools.partial(_watch_units, one)
+            add = functools.partial(_add_squares, one)
+            watch[site] = functools.partial(watched, add)
             slots[site] = jnp.zeros(shape, jnp.float32)
     taps = taps._replace(watch=watch)
     more = jax.tree.leaves(batch)
@@ -223,26 +231,12 @@ def _ran(
     return None if deepest is None else readings[deepest].ran
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _watch_units(one: Located, value: Array, slot: Array) -> Array:
-    """Hands the value on; the gradient by the slot is the statistic of its gradient."""
-    del one, slot
-    return value
-
-
-def _forward(one: Located, value: Array, slot: Array) -> tuple[Array, Array]:
-    del one
-    return value, slot
-
-
-def _backward(one: Located, slot: Array, gradient: Array) -> tuple[Array, Array]:
+def _add_squares(one: Located, slot: Array, gradient: Array) -> Array:
+    """Adds the mean squares of a gradient, unit by unit."""
     axes = one.linear_stages[-1].axes if one.linear_stages else one.axes
     rows = in_float32(by_unit(gradient, axes, one.layer.units))
     # The sum with the slot varies over the devices that the slot varies over.
-    return gradient, slot + jnp.mean(jnp.abs(rows) ** 2, axis=0).astype(jnp.float32)
-
-
-_watch_units.defvjp(_forward, _backward)
+    return slot + jnp.mean(jnp.abs(rows) ** 2, axis=0).astype(jnp.float32)
 
 
 class Place(NamedTuple):

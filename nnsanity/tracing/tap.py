@@ -261,6 +261,29 @@ def _filled(blank: Readings, readings: Readings, *, like: PyTree) -> Readings:
     return varied(found, like)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def watched(
+    add: Callable[[PyTree, Array], PyTree], value: Array, slot: PyTree
+) -> Array:
+    """Hands the value on; the gradient by the slot is ``add(slot, its gradient)``."""
+    del add, slot
+    return value
+
+
+def _watched_forward(add: Callable, value: Array, slot: PyTree) -> tuple[Array, PyTree]:
+    del add
+    return value, slot
+
+
+def _watched_backward(
+    add: Callable, slot: PyTree, gradient: Array
+) -> tuple[Array, PyTree]:
+    return gradient, add(slot, gradient)
+
+
+watched.defvjp(_watched_forward, _watched_backward)
+
+
 def varied(tree: PyTree, like: PyTree) -> PyTree:
     """Gives arrays the type of what differs from device to device as others do.
 

@@ -261,7 +261,9 @@ def test_units_that_die_slowly(drift):
         def turn(carry, index):
             state, params, opt_state = step(carry, batch_at(KEY, index))
             moved = params["b1"].at[:8].add(drift)
-            return (state, {**params, "b1": moved}, opt_state), watch.read(state).last_active["w1"]
+            return (state, {**params, "b1": moved}, opt_state), watch.read(
+                state
+            ).last_active["w1"]
 
         carry = start(watch, mlp_loss, PARAMS, tx, BATCH)
         return jax.lax.scan(turn, carry, jnp.arange(1000))

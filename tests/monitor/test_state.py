@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import nnsanity as ns
+from nnsanity.monitor.state import packed
 
 X = jax.random.normal(jax.random.key(0), (64, 3))
 BATCH = X, jnp.sin(2 * X[:, :1])
@@ -201,16 +202,17 @@ def test_merging_is_associative_and_a_blank_state_is_neutral():
     blank = start(watch)[2]
     assert_alike(merge(blank, a), a)
     assert_alike(merge(a, blank), a)
-    assert_alike(watch.merge(a, a)._replace(num_watched=a.num_watched), a)
+    alone, twice = watch.read(a), watch.read(watch.merge(a, a))
+    assert_alike(twice._replace(num_watched=alone.num_watched), alone)
 
 
 def test_a_merge_pools_what_its_parts_saw():
     watch, (a, b, c) = pieces()
-    both = watch.merge(a, b)
+    both, one, other = (watch.read(state) for state in (watch.merge(a, b), a, b))
     assert (both.step, both.num_watched) == (5, 8)
     np.testing.assert_allclose(
         both.gradient_norm**2,
-        (5 * a.gradient_norm**2 + 3 * b.gradient_norm**2) / 8,
+        (5 * one.gradient_norm**2 + 3 * other.gradient_norm**2) / 8,
         rtol=1e-5,
     )
     np.testing.assert_array_equal(
@@ -219,13 +221,16 @@ def test_a_merge_pools_what_its_parts_saw():
     (finding,) = watch.diagnose(watch.merge(a, c))
     assert finding.rule == "results/nonfinite"
     assert "first in step 0" in finding.message
-    spike = a.spike._replace(
-        step=jnp.int32(7), length=jnp.int32(3), growth=20 + 0 * a.loss
+    spike = one.spike._replace(
+        step=jnp.int32(7), length=jnp.int32(3), growth=20 + 0 * one.loss
     )
     later = spike._replace(step=jnp.int32(9))
-    for one, two in ((spike, later), (later, spike)):
-        joined = watch.merge(a._replace(spike=one), b._replace(spike=two))
-        assert joined.spike.step == 7
+    for spikes in ((spike, later), (later, spike)):
+        parts = (
+            packed(record._replace(spike=seen))
+            for record, seen in zip((one, other), spikes, strict=True)
+        )
+        assert watch.read(watch.merge(*parts)).spike.step == 7
 
 
 @pytest.mark.parametrize("every", [1, 2])

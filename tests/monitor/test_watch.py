@@ -136,7 +136,7 @@ def test_the_state_stays_as_it_is_with_donation_and_is_traced_once():
     assert described(carry[0]) == first
     assert len(traced) == 1
     assert jitted._cache_size() == 1
-    assert int(carry[0].num_watched) == 2
+    assert int(watch.read(carry[0]).num_watched) == 2
 
 
 def test_init_needs_shapes_only():

@@ -1,6 +1,5 @@
 """Training with scaled updates, and what has to be right for it."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -98,7 +97,7 @@ def trained(
         updates, optimizer_state = extended.update(
             grads, optimizer_state, floats, value=loss, grad=grads, value_fn=value_fn
         )
-        updates = jax.tree.map(functools.partial(_times, scale), updates)
+        updates = times(scale, updates)
         return (optax.apply_updates(floats, updates), optimizer_state), loss
 
     floats = floats_of(params)
@@ -110,9 +109,14 @@ def trained(
     return jnp.concatenate([losses, end[None]]).astype(jnp.float32), params
 
 
-def _times(scale: Array, update: Array) -> Array:
-    wide = in_float32(update)
-    return (wide * scale.astype(wide.dtype)).astype(update.dtype)
+def times(factor: Array, tree: PyTree) -> PyTree:
+    """Multiplies every leaf, in float32 at least; the leaves keep their dtypes."""
+
+    def scaled(leaf: Array) -> Array:
+        wide = in_float32(leaf)
+        return (wide * factor.astype(wide.dtype)).astype(leaf.dtype)
+
+    return jax.tree.map(scaled, tree)
 
 
 def trainable_scale(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nnsanity._tree import num_examples
+from nnsanity._tree import num_examples, take_examples
 from nnsanity._types import Array, LossFn, Params, PyTree
 from nnsanity.quantities.descent import (
     SMOOTHED_SHARE,
@@ -42,6 +42,9 @@ class LRRange(NamedTuple):
         suggestion: float32[], a tenth of it, or of ``lowest`` where that is smaller,
             and halved until twice as much trains; NaN where every scale diverges.
         lowest: float32[], scale of the lowest smoothed loss; NaN where all diverge.
+        spread: float32[steps], standard deviation of the losses between batches, over
+            the same steps as ``smoothed``; from how far each loss is from the one
+            before it, so that a trend hardly counts.
     """
 
     scales: Array
@@ -52,6 +55,7 @@ class LRRange(NamedTuple):
     largest_stable: Array
     suggestion: Array
     lowest: Array
+    spread: Array
 
 
 class LRSweep(NamedTuple):
@@ -59,17 +63,22 @@ class LRSweep(NamedTuple):
 
     Attributes:
         scales: float32[scales].
-        losses: float32[scales], running mean of the loss after the last step; inf where
-            any loss was not finite.
-        diverged: bool[scales], whether a loss was not finite or the end is above the
-            start by more than batches differ.
+        losses: float32[scales], running mean of the loss after the last step, averaged
+            over the seeds; inf where any loss was not finite.
+        diverged: bool[scales], whether from any seed a loss was not finite or the end
+            is above the start by more than batches differ.
         best: float32[], scale of the lowest finite loss; NaN if there is none.
+        spread: float32[scales], standard deviation of ``seed_losses`` over the seeds;
+            NaN for a single seed, and where a loss was not finite.
+        seed_losses: float32[seeds, scales], what ``losses`` is the mean of.
     """
 
     scales: Array
     losses: Array
     diverged: Array
     best: Array
+    spread: Array
+    seed_losses: Array
 
 
 def lr_range(
@@ -150,6 +159,8 @@ def lr_sweep(
     optimizer: optax.GradientTransformation,
     *,
     scales: Array,
+    keys: Array | None = None,
+    num_parallel: int | None = None,
 ) -> LRSweep:
     """Trains from the same start with each of several scales of the updates.
 
@@ -159,11 +170,11 @@ def lr_sweep(
     ``best`` is far from the rate in use; take a rate a little below the largest that
     has not diverged.
 
-    Costs the steps times the scales, one training after the other: memory for one, and
-    on a CPU the faster way.  To keep an accelerator busy, side by side with a copy of
-    parameters and state for each, ``vmap`` over single scales:
-    ``jax.vmap(lambda scale: lr_sweep(..., scales=scale[None]))(scales)``; over seeds in
-    the same way.
+    With ``keys`` each scale trains once for each key, on the batches in an order of its
+    own, the same for all scales.  Two scales differ where their losses are further
+    apart than ``spread``; for seeds of the start as well, ``vmap`` over ``params``.
+
+    Costs the steps times the scales times the seeds, by one compiled program.
 
     Args:
         loss_fn: ``loss_fn(params, batch) -> scalar``.
@@ -171,14 +182,21 @@ def lr_sweep(
         batches: the batches of all steps, each leaf [steps, ...].
         optimizer: any optax transformation.
         scales: [scales], the factors.
+        keys: [seeds] random keys, as ``jax.random.split(key, 3)`` makes them; consumed.
+            None trains once for each scale, on the batches as they come.
+        num_parallel: how many trainings run side by side, each with a copy of the
+            parameters and of the optimizer's state.  None is one on a CPU, where side
+            by side is slower for all but tiny networks, and elsewhere all scales.
 
     Returns:
         ``LRSweep``.
 
     Raises:
-        TypeError: if ``optimizer`` has no ``init`` and ``update``.
+        TypeError: if ``optimizer`` has no ``init`` and ``update``, ``keys`` are none,
+            or ``num_parallel`` is not an int.
         ValueError: if ``loss_fn`` does not return a scalar, there are fewer than 2
-            steps, the leaves of ``batches`` differ in length, or ``scales`` is not 1-D.
+            steps, the leaves of ``batches`` differ in length, ``scales`` is not 1-D, or
+            ``num_parallel`` is under 1.
 
     Example:
         >>> loss_fn = lambda x, curvature: 0.5 * curvature * x**2  # stable under 0.2
@@ -201,8 +219,31 @@ def lr_sweep(
             "lr_sweep: scales must be a list of numbers, got shape"
             f" {np.shape(scales)}; for one scale pass scales=[1.0]"
         )
+    if keys is not None:
+        _check_keys(keys)
+    if num_parallel is None:
+        num_parallel = 1 if jax.default_backend() == "cpu" else np.size(scales)
+    if isinstance(num_parallel, bool) or not isinstance(num_parallel, int | np.integer):
+        raise TypeError(f"lr_sweep: num_parallel must be an int, got {num_parallel!r}")
+    if num_parallel < 1:
+        raise ValueError(
+            f"lr_sweep: num_parallel must be at least 1, got {num_parallel}"
+        )
     scales = jnp.asarray(scales, jnp.float32)
-    return _lr_sweep(loss_fn, optimizer, params, batches, scales)
+    return _lr_sweep(
+        loss_fn, optimizer, int(num_parallel), params, batches, scales, keys
+    )
+
+
+def _check_keys(keys: Array) -> None:
+    dtype, shape = getattr(keys, "dtype", None), np.shape(keys)
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    is_raw = dtype == jnp.uint32 and shape[1:] in ((2,), (4,))
+    if not (is_raw or (is_typed and len(shape) == 1)) or not shape[0]:
+        raise TypeError(
+            "lr_sweep: keys must be random keys with a leading axis of seeds, got"
+            f" {described(keys)}; use jax.random.split(key, 3)"
+        )
 
 
 def _scalar(name: str, value: Array | float) -> Array | np.floating:
@@ -252,25 +293,51 @@ def _lr_range(
         largest,
         trainable_scale(loss_fn, optimizer, params, batches, start, guess),
         at_lowest,
+        jnp.sqrt(running_mean(_squared_jumps(losses) / 2))[:-1],
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+def _squared_jumps(losses: Array) -> Array:
+    """The squared distance of each loss from the one before; of the first, the next's.
+
+    Half of it has the mean of the variance (von Neumann 1941).
+    """
+    squares = (losses[1:] - losses[:-1]) ** 2
+    return jnp.concatenate([squares[:1], squares])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _lr_sweep(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
+    num_parallel: int,
     params: Params,
     batches: PyTree,
     scales: Array,
+    keys: Array | None,
 ) -> LRSweep:
     start = start_of("lr_sweep", loss_fn, params, batches)
+    num_steps = num_examples(batches)
+    orders = jnp.arange(num_steps)[None]
+    if keys is not None:
+        orders = jax.vmap(lambda key: jax.random.permutation(key, num_steps))(keys)
 
-    def end(scale: Array) -> Array:
-        repeated = jnp.broadcast_to(scale, (num_examples(batches),))
-        losses = scaled_losses(loss_fn, optimizer, params, batches, repeated)
+    def loss_of(params: Params, row: Array) -> Array:
+        return loss_fn(params, take_examples(batches, row))
+
+    def end(training: tuple[Array, Array]) -> Array:
+        scale, order = training
+        repeated = jnp.broadcast_to(scale, order.shape)
+        losses = scaled_losses(loss_of, optimizer, params, order, repeated)
         is_finite = jnp.all(jnp.isfinite(losses))
         return jnp.where(is_finite, running_mean(losses)[-1], jnp.inf)
 
-    losses = jax.lax.map(end, scales)
+    grid = jnp.tile(scales, len(orders)), jnp.repeat(orders, len(scales), axis=0)
+    side_by_side = num_parallel if num_parallel > 1 else None
+    ends = jax.lax.map(end, grid, batch_size=side_by_side)
+    ends = ends.reshape(len(orders), len(scales))
+    losses = jnp.mean(ends, 0)
+    spread = jnp.std(ends, 0, ddof=1) if len(orders) > 1 else jnp.nan * losses
     best = jnp.where(jnp.any(jnp.isfinite(losses)), scales[jnp.argmin(losses)], jnp.nan)
-    return LRSweep(scales, losses, ~start.is_healthy(losses), best)
+    diverged = ~jnp.all(start.is_healthy(ends), 0)
+    return LRSweep(scales, losses, diverged, best, spread, ends)

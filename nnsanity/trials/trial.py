@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nnsanity._tree import in_float32, is_inexact, take_examples
+from nnsanity._tree import in_float32, take_examples
 from nnsanity._types import Array, Params, PyTree
+from nnsanity.quantities.descent import floats_of, times, with_floats
 from nnsanity.quantities.targets import quality
 from nnsanity.trials.copies import (
     Copy,
@@ -149,21 +150,18 @@ def _train(
         loss, grads = jax.value_and_grad(loss_fn, allow_int=True)(
             params, batch, step_key
         )
-        floats = _floats(params, params)
-        grads = _floats(params, grads)
+        floats, grads = floats_of(params), floats_of(grads)
         updates, optimizer_state = optimizer.update(
-            _times(copy.gradient_scale, grads),
+            times(copy.gradient_scale, grads),
             optimizer_state,
-            _times(copy.weight_scale, floats),
+            times(copy.weight_scale, floats),
             value=loss,
             grad=grads,
-            value_fn=lambda moved: loss_fn(
-                _with_floats(params, moved), batch, step_key
-            ),
+            value_fn=lambda moved: loss_fn(with_floats(params, moved), batch, step_key),
         )
-        updates = _times(copy.update_scale, updates)
+        updates = times(copy.update_scale, updates)
         moved = optax.apply_updates(floats, updates)
-        return (_with_floats(params, moved), optimizer_state), loss
+        return (with_floats(params, moved), optimizer_state), loss
 
     def evaluate(params: Params) -> tuple[Array, ...]:
         on_seen = prepared(problem, copy, take_examples(data, seen_evaluated))
@@ -181,7 +179,7 @@ def _train(
         state, losses = jax.lax.scan(step, state, now)
         return state, (losses, evaluate(state[0]))
 
-    state = (copy.params, optimizer.init(_floats(copy.params, copy.params)))
+    state = (copy.params, optimizer.init(floats_of(copy.params)))
     by_mark = jax.tree.map(
         lambda leaf: leaf.reshape(marks, per_mark, *leaf.shape[1:]),
         (batches, noise_keys),
@@ -213,23 +211,6 @@ def _batch_rows(key: Array, rows: Array, num_steps: int, batch_size: int) -> Arr
     )
     batches = orders[:, : per_epoch * batch_size].reshape(-1, batch_size)
     return batches[:num_steps]
-
-
-def _floats(params: Params, tree: PyTree) -> PyTree:
-    """Keeps what stands where the parameters are floating-point, and None elsewhere."""
-    return jax.tree.map(
-        lambda leaf, one: one if is_inexact(leaf) else None, params, tree
-    )
-
-
-def _times(factor: Array, tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), tree)
-
-
-def _with_floats(params: Params, floats: PyTree) -> Params:
-    """Puts back what ``_floats`` left out."""
-    moved = iter(jax.tree.leaves(floats))
-    return jax.tree.map(lambda leaf: next(moved) if is_inexact(leaf) else leaf, params)
 
 
 def _qualities(

@@ -188,12 +188,17 @@ def rate_grid(sweep: "LRSweep") -> "Figure":
         sweep: as ``lr_sweep`` returns.
 
     Returns:
-        One axes: the last loss against the scale; crosses at the top have diverged.
+        One axes: the last loss against the scale, shaded by its deviation over the
+        seeds where there are several; crosses at the top have diverged.
     """
     host = jax.device_get(sweep)
     figure, axes = _figure("Loss after training at each rate")
     is_seen = ~host.diverged & np.isfinite(host.losses)
     axes.plot(host.scales[is_seen], host.losses[is_seen], "o-", color=INK, lw=2, ms=5)
+    ends = host.losses - host.spread, host.losses + host.spread
+    if np.isfinite(ends)[:, is_seen].any():
+        bands = (one[is_seen] for one in ends)
+        axes.fill_between(host.scales[is_seen], *bands, color=QUIET, alpha=0.3)
     axes.plot(
         host.scales[~is_seen],
         np.full((~is_seen).sum(), 0.97),

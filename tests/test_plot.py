@@ -65,12 +65,16 @@ def test_ranges_with_the_farthest_feature_on_top():
 
 
 def test_rates_and_their_marks():
-    sweep = ns.LRSweep(
-        *map(jnp.asarray, ([0.1, 1.0, 10.0], [2.0, 1.0, jnp.inf])), None, 1
-    )
-    sweep = sweep._replace(diverged=jnp.array([False, False, True]))
-    seen, crosses, best = lines(plot.rate_grid(sweep))
+    scales, losses = np.array([0.1, 1.0, 10.0]), np.array([2.0, 1.0, np.inf])
+    diverged, unknown = np.array([False, False, True]), np.full(3, np.nan)
+    sweep = ns.LRSweep(scales, losses, diverged, 1, unknown, losses[None])
+    figure = plot.rate_grid(sweep)
+    assert not figure.axes[0].collections
+    seen, crosses, best = lines(figure)
     np.testing.assert_allclose(seen, [[0.1, 2], [1, 1]], rtol=1e-6)
+    figure = plot.rate_grid(sweep._replace(spread=np.array([0.5, 0.25, np.nan])))
+    band = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert {(0.1, 1.5), (0.1, 2.5), (1.0, 0.75), (1.0, 1.25)} <= set(map(tuple, band))
     np.testing.assert_allclose(crosses[:, 0], 10)
     np.testing.assert_allclose(best[:, 0], 1)
 

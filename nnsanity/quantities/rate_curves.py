@@ -40,7 +40,7 @@ class LRRange(NamedTuple):
         largest_stable: float32[], the last scale that has not diverged; NaN if none.
             The end of the range means that the range is too short.
         suggestion: float32[], a tenth of it, or of ``lowest`` where that is smaller,
-            and halved until twice as much trains; NaN where every scale diverges.
+            and halved until four times as much trains; NaN where every scale diverges.
         lowest: float32[], scale of the lowest smoothed loss; NaN where all diverge.
         spread: float32[steps], standard deviation of the losses between batches, over
             the same steps as ``smoothed``; from how far each loss is from the one
@@ -100,12 +100,12 @@ def lr_range(
     A ramp overshoots.  On smooth problems the directions that are too fast have decayed
     before and must first grow back, so the loss turns only at 4 to 6 times the limit of
     stability, or never where rounding has made them exactly zero.  ``largest_stable``
-    does not allow for it.  ``suggestion`` does: with twice as much, the first tenth of
-    the steps was trained from the start and did not end above it.  Where the limit
-    itself matters, use ``lr_sweep``.
+    does not allow for it.  ``suggestion`` does: with four times as much, the first
+    twentieth of the steps was trained from the start and did not end above it.  Where
+    the limit itself matters, use ``lr_sweep``.
 
     Costs one training step for each batch, in one compiled scan, the loss of up to nine
-    batches, and a tenth of the steps (at least 10), again for each halving.  Another
+    batches, and a twentieth of the steps (at least 5), again for each halving.  Another
     range compiles nothing anew.
 
     Args:

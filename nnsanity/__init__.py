@@ -42,6 +42,7 @@ from nnsanity.quantities.errors import (
 )
 from nnsanity.quantities.example_norms import example_gradient_norms
 from nnsanity.quantities.gradient_sizes import GradientStats, gradient_stats
+from nnsanity.quantities.microbatch_noise import microbatch_noise_scale
 from nnsanity.quantities.moments import (
     Moments,
     denormalize,
@@ -58,8 +59,8 @@ from nnsanity.quantities.noise_average import (
     averaged_noise,
     noise_average,
 )
+from nnsanity.quantities.noise_estimate import NoiseScale
 from nnsanity.quantities.noise_scale import (
-    NoiseScale,
     gradient_noise_scale,
     leaf_noise_scales,
     value_and_grad_with_noise,
@@ -181,6 +182,7 @@ __all__ = [
     "merge_dormant_units",
     "merge_moments",
     "merge_saturated_units",
+    "microbatch_noise_scale",
     "monitor",
     "noise",
     "noise_average",

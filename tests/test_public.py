@@ -49,6 +49,10 @@ PUBLIC = {
         lambda p, x: ns.gradient_noise_scale(loss_fn, p, x, num_microbatches=8),
         (PARAMS, INPUTS),
     ),
+    "microbatch_noise_scale": (
+        lambda x: ns.microbatch_noise_scale(x, microbatch_size=4),
+        (INPUTS,),
+    ),
     "activations": (lambda p, x: ns.activations(apply_fn, p, x), (PARAMS, INPUTS)),
     "dead_units": (lambda p, x: ns.dead_units(apply_fn, p, x), (PARAMS, INPUTS)),
     "weight_stats": (lambda p, x: ns.weight_stats(apply_fn, p, x), (PARAMS, INPUTS)),

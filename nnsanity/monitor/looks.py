@@ -11,6 +11,7 @@ from nnsanity._types import Array
 from nnsanity.monitor.losses import chosen_by, rate_of
 from nnsanity.monitor.names import Names
 from nnsanity.monitor.state import GradientNoise, MonitorRecord
+from nnsanity.quantities.noise_estimate import variance_of_parts
 from nnsanity.signals import FIELDS, Signals
 from nnsanity.tracing.compat import varies
 
@@ -175,19 +176,16 @@ def over_microbatches(signals: Signals) -> Signals:
 def _with_microbatches(
     before: GradientNoise, norms: Array | None, gradient: Array
 ) -> GradientNoise:
-    """Compares the microbatches' gradients with their mean, by McCandlish A.1."""
+    """Compares the microbatches' gradients with their mean."""
     if norms is None:
         return before
-    count = norms.shape[0]
     square_norm = jnp.sum(gradient**2)
-    squares = jnp.sum(in_float32(norms) ** 2)
-    # Negative only by rounding.
-    variance = jnp.maximum(squares - count * square_norm, 0) / (count - 1)
+    variance = variance_of_parts(in_float32(norms) ** 2, square_norm)
     rate = rate_of(before.num_steps, LEAF_RATE)
     after = GradientNoise(
         before.num_steps + 1,
         before.square_norm + rate * (square_norm - before.square_norm),
-        before.noise + rate * (variance / count - before.noise),
+        before.noise + rate * (variance / norms.shape[0] - before.noise),
     )
     is_finite = jnp.isfinite(after.square_norm) & jnp.isfinite(after.noise)
     return chosen_by(is_finite, after, before)

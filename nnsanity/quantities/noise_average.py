@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from nnsanity._types import Array
-from nnsanity.quantities.noise_scale import NoiseScale
+from nnsanity.quantities.noise_estimate import NoiseScale
 
 
 class NoiseAverage(NamedTuple):

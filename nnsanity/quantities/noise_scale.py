@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,29 +27,16 @@ from nnsanity.quantities.example_norms import (
     chunk_size,
     over_chunks,
 )
+from nnsanity.quantities.noise_estimate import (
+    NoiseScale,
+    Sums,
+    estimated,
+    joined,
+    stacked,
+)
 
 Grads = list[Array]
 """By the floating-point leaves."""
-
-
-class NoiseScale(NamedTuple):
-    """How noisy the gradient is, and so how large a batch pays.
-
-    Attributes:
-        noise_scale: float32[], examples: ``covariance_trace / gradient_square_norm``;
-            inf where the gradient is lost in its noise.
-        gradient_square_norm: float32[], unbiased estimate of the squared norm of the
-            gradient over all data; may be negative.
-        covariance_trace: float32[], unbiased estimate of the trace of the covariance
-            of example gradients; never negative.
-        standard_error: float32[], of ``noise_scale``, in examples; inf where that is,
-            and for two examples or two microbatches.
-    """
-
-    noise_scale: Array
-    gradient_square_norm: Array
-    covariance_trace: Array
-    standard_error: Array
 
 
 def gradient_noise_scale(
@@ -121,7 +107,7 @@ def gradient_noise_scale(
     caller = "gradient_noise_scale"
     num_parts = _checked_parts(caller, params, batch, num_microbatches)
     sums = _sums(caller, loss_fn, num_parts, params, batch)
-    return _estimated(_joined(sums), _part_size(batch, num_parts))
+    return estimated(joined(sums), _part_size(batch, num_parts))
 
 
 def leaf_noise_scales(
@@ -158,7 +144,7 @@ def leaf_noise_scales(
     caller = "leaf_noise_scales"
     num_parts = _checked_parts(caller, params, batch, num_microbatches)
     sums = _sums(caller, loss_fn, num_parts, params, batch)
-    return _estimated(sums, _part_size(batch, num_parts))
+    return estimated(sums, _part_size(batch, num_parts))
 
 
 def value_and_grad_with_noise(loss_fn: LossFn) -> Callable:
@@ -202,28 +188,10 @@ def value_and_grad_with_noise(loss_fn: LossFn) -> Callable:
             else np.zeros(np.shape(leaf), float0)
             for leaf in gradient_fn.leaves
         ]
-        noise = _estimated(_joined(sums), 1)
+        noise = estimated(joined(sums), 1)
         return (loss, noise), jax.tree.unflatten(jax.tree.structure(params), grads)
 
     return value_and_grad_fn
-
-
-class _Sums(NamedTuple):
-    """Of the gradients ``g_i`` of parts with the mean G, leaf by leaf.
-
-    Attributes:
-        squares: [leaves, parts], ``|g_i|^2``.
-        products: [leaves, parts], ``g_i . G``.
-        square_norm: [leaves], ``|G|^2``.
-    """
-
-    squares: Array
-    products: Array
-    square_norm: Array
-
-
-def _joined(sums: _Sums) -> _Sums:
-    return _Sums(*(jnp.sum(one, 0) for one in sums))
 
 
 def _part_size(batch: PyTree, num_parts: int) -> int:
@@ -233,7 +201,7 @@ def _part_size(batch: PyTree, num_parts: int) -> int:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sums(
     caller: str, loss_fn: LossFn, num_parts: int, params: Params, batch: PyTree
-) -> _Sums:
+) -> Sums:
     gradient_fn = gradient_of(caller, loss_fn, params)
     if num_parts < num_examples(batch):
         return _of_parts(gradient_fn, batch, num_parts)
@@ -243,7 +211,7 @@ def _sums(
 
 def _of_examples(
     gradient_fn: GradientFn, batch: PyTree, count: int
-) -> tuple[Array, _Sums, Grads]:
+) -> tuple[Array, Sums, Grads]:
     """Returns the mean loss, the sums and the mean gradient."""
     size = chunk_size(gradient_fn, batch)
     if size == count:
@@ -273,13 +241,13 @@ def _losses(gradients: ExampleGradients) -> Array:
 
 def _with_mean(
     squares: Array, products: Array, losses: Array, total: Grads
-) -> tuple[Array, _Sums, Grads]:
+) -> tuple[Array, Sums, Grads]:
     mean = [leaf / losses.size for leaf in total]
-    square_norm = _stack([inner(leaf, leaf) for leaf in mean])
-    return jnp.mean(losses), _Sums(squares, products, square_norm), mean
+    square_norm = stacked([inner(leaf, leaf) for leaf in mean])
+    return jnp.mean(losses), Sums(squares, products, square_norm), mean
 
 
-def _of_parts(gradient_fn: GradientFn, batch: PyTree, num_parts: int) -> _Sums:
+def _of_parts(gradient_fn: GradientFn, batch: PyTree, num_parts: int) -> Sums:
     """Runs one microbatch after the other, twice."""
     shape = num_parts, num_examples(batch) // num_parts
     parts = jax.tree.map(
@@ -294,21 +262,16 @@ def _of_parts(gradient_fn: GradientFn, batch: PyTree, num_parts: int) -> _Sums:
     def add(total: Grads, part: PyTree) -> tuple[Grads, Array]:
         grads = gradient(part)
         total = [a + b for a, b in zip(total, grads, strict=True)]
-        return total, _stack([inner(leaf, leaf) for leaf in grads])
+        return total, stacked([inner(leaf, leaf) for leaf in grads])
 
     def project(_: None, part: PyTree) -> tuple[None, Array]:
         pairs = zip(gradient(part), mean, strict=True)
-        return None, _stack([inner(*pair) for pair in pairs])
+        return None, stacked([inner(*pair) for pair in pairs])
 
     total, squares = jax.lax.scan(add, _zeros(gradient_fn), parts)
     mean = [leaf / num_parts for leaf in total]
     _, products = jax.lax.scan(project, None, parts)
-    return _Sums(squares.T, products.T, _stack([inner(leaf, leaf) for leaf in mean]))
-
-
-def _stack(numbers: list[Array]) -> Array:
-    dtype = accumulation_dtype(*numbers)
-    return jnp.stack([one.astype(dtype) for one in numbers])
+    return Sums(squares.T, products.T, stacked([inner(leaf, leaf) for leaf in mean]))
 
 
 def _zeros(gradient_fn: GradientFn) -> Grads:
@@ -317,39 +280,6 @@ def _zeros(gradient_fn: GradientFn) -> Grads:
         (jnp.abs(leaf) > jnp.inf).astype(accumulation_dtype(leaf))
         for leaf in gradient_fn.trained
     ]
-
-
-def _estimated(sums: _Sums, part_size: int) -> NoiseScale:
-    """Estimates by McCandlish et al., appendix A.1, along the last axis."""
-    n = sums.squares.shape[-1]
-    variance = (jnp.sum(sums.squares, -1) - n * sums.square_norm) / (n - 1)
-    variance = jnp.maximum(variance, 0)  # negative only by rounding
-    signal = sums.square_norm - variance / n
-    is_lost = signal <= 0
-    divisor = jnp.where(is_lost, 1, signal)
-    ratio = variance / divisor
-    error = _jackknife_error(sums, ratio) / divisor
-    is_unknown = is_lost | ((n < 3) & ~jnp.isnan(ratio))
-    ratio = jnp.where(is_lost, jnp.inf, part_size * ratio)
-    error = jnp.where(is_unknown, jnp.inf, part_size * error)
-    fields = (ratio, signal, part_size * variance, error)
-    return NoiseScale(*(field.astype(jnp.float32) for field in fields))
-
-
-def _jackknife_error(sums: _Sums, ratio: Array) -> Array:
-    """Returns the standard error of ``variance - ratio * signal``.
-
-    Without part i the mean is ``(n G - g_i) / (n - 1)``; what all parts share cancels.
-    """
-    n = sums.squares.shape[-1]
-    squares, products = (
-        one - jnp.mean(one, -1, keepdims=True) for one in (sums.squares, sums.products)
-    )
-    square_norm = (squares - 2 * n * products) / (n - 1) ** 2
-    variance = -(squares + (n - 1) * square_norm) / max(n - 2, 1)
-    signal = square_norm - variance / (n - 1)
-    spread = jnp.sum((variance - ratio[..., None] * signal) ** 2, -1)
-    return jnp.sqrt((n - 1) / n * spread)
 
 
 def _checked_parts(

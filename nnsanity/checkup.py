@@ -19,10 +19,11 @@ from nnsanity.findings import CONSEQUENCES, Finding, listed
 from nnsanity.lint import lint
 from nnsanity.report import Report
 from nnsanity.tracing.bounds import output_bounds
+from nnsanity.trials.batch_noise import measure_batch_noise
 from nnsanity.trials.births import with_births
 from nnsanity.trials.compiled import drop_compiled
 from nnsanity.trials.data import examine_data, judge_rounding
-from nnsanity.trials.dynamics import measure_dynamics
+from nnsanity.trials.dynamics import Dynamics, measure_dynamics
 from nnsanity.trials.inside import judge_network, measure_network
 from nnsanity.trials.interventions import (
     BUDGET_SECONDS,
@@ -198,6 +199,11 @@ class _Book:
         self.measurements: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
 
+    def add(self, measured: Dynamics) -> None:
+        self.findings += measured.findings
+        self.measurements |= measured.measurements
+        self.skipped |= measured.skipped
+
 
 def _read(problem: Problem, book: _Book) -> None:
     """Reads the program: proofs, and what could not be looked into."""
@@ -261,10 +267,7 @@ def _measure_network(problem: Problem, book: _Book) -> None:
     measured = measure_network(problem, batch)
     constant = constant_loss(problem, few_examples(problem))
     book.measurements |= measured._asdict() | {"constant_loss": constant}
-    dynamics = measure_dynamics(problem, batch)
-    book.findings += dynamics.findings
-    book.measurements |= dynamics.measurements
-    book.skipped |= dynamics.skipped
+    book.add(measure_dynamics(problem, batch))
     limit = book.limits.get("results/start-loss", results.START_LIMIT)
     start = data_loss(problem, problem.params, batch)
     begin = len(book.findings)
@@ -302,8 +305,11 @@ def _train(
         batch_size=problem.batch_size,
     )
     outcomes = train_original(problem, trial, train_key)
-    book.measurements["trial"] = tuple(one._replace(params=None) for one in outcomes)
+    book.measurements["trial"] = tuple(
+        one._replace(params=None, kept=None) for one in outcomes
+    )
     book.findings += learning_rate.judge_losses(outcomes[0].batch_losses)
+    book.add(measure_batch_noise(problem, trial, outcomes))
     diagnosis = untouched(problem, trial, outcomes)
     if deadline is not None:
         diagnosis = intervene(

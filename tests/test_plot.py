@@ -12,7 +12,7 @@ NONE = np.zeros(3)
 CURVE = np.array([0.0, 0.1, 0.2])
 HELPFUL = Attempt("a & b", "inputs", np.array([0.8, 0.9, 1.0]), CURVE * 4, helped=True)
 USELESS = Attempt("nothing", "rate", np.array([0.2]), CURVE, helped=False)
-TRIAL = (Outcome(np.zeros(60), *[NONE] * 5, None),)
+TRIAL = (Outcome(np.zeros(60), *[NONE] * 5, None, None),)
 
 
 def report(**measurements):

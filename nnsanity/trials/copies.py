@@ -45,6 +45,7 @@ class Copy(NamedTuple):
         leaky: bool[], whether hidden activations are replaced by leaky ReLU.
         skip: bool[], whether layers add their input to their output where that fits.
         noise: bool[], whether it trains on ``train_loss_fn``.
+        kept_mark: int32[], after which mark of the trial its parameters are kept.
     """
 
     params: Params
@@ -60,6 +61,7 @@ class Copy(NamedTuple):
     leaky: Array | np.bool_
     skip: Array | np.bool_
     noise: Array | np.bool_
+    kept_mark: Array
 
 
 def plain(problem: Problem) -> Copy:
@@ -80,6 +82,7 @@ def plain(problem: Problem) -> Copy:
         leaky=OFF,
         skip=OFF,
         noise=OFF if problem.train_loss_fn is None else ON,
+        kept_mark=jnp.int32(0),
     )
 
 

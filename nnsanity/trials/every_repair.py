@@ -1,7 +1,9 @@
 """All the repairs that a checkup can try, one by one and together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from nnsanity.findings import Finding
+from nnsanity.trials.batch_repairs import batch_repairs
 from nnsanity.trials.data_repairs import data_repairs
 from nnsanity.trials.inner_repairs import inner_repairs
 from nnsanity.trials.loss_repairs import loss_repairs
@@ -13,13 +15,22 @@ SHARED_GROUPS = ("columns", "inputs", "targets", "weights", "hidden")
 """Repairs that are harmless to make together, the most harmless first."""
 
 
-def every_repair(problem: Problem) -> tuple[Repair, ...]:
-    """Lists what can be repaired; of equally good repairs the earlier one is told."""
+def every_repair(
+    problem: Problem, *, suspected: Mapping[str, Finding], skipped: dict[str, str]
+) -> tuple[Repair, ...]:
+    """Lists what can be repaired; of equally good repairs the earlier one is told.
+
+    Args:
+        problem: as given.
+        suspected: findings by rule.
+        skipped: gets the repairs that could not be made, and why.
+    """
     return (
         *inner_repairs(problem),
         *available_repairs(problem),
+        *batch_repairs(problem, suspected),
         *data_repairs(problem),
-        *optimizer_repairs(problem),
+        *optimizer_repairs(problem, skipped),
         *loss_repairs(problem),
     )
 

@@ -31,6 +31,7 @@ from nnsanity.trials.repairs import Repair
 from nnsanity.trials.trial import (
     Outcome,
     Trial,
+    mid_descent,
     prepare,
     train_copies,
     with_inputs,
@@ -91,12 +92,15 @@ def train_original(problem: Problem, trial: Trial, key: Array) -> tuple[Outcome,
     """Trains the user's own program with several seeds.
 
     Stops after two where a training is long and the network learns well, and after one
-    where it is very long.
+    where it is very long.  All but the first keep the parameters of mid-descent.
     """
     outcomes: list[Outcome] = []
+    copy = trial.plain
     for one in _keys(key):
         began = time.monotonic()
-        outcomes += train_copies(trial, [(trial.plain, one)])
+        outcomes += train_copies(trial, [(copy, one)])
+        middle = mid_descent(outcomes[0].losses)
+        copy = trial.plain._replace(kept_mark=np.int32(middle))
         took = time.monotonic() - began
         if took > VERY_SLOW_SECONDS:
             break
@@ -161,8 +165,9 @@ def intervene(
     if original.level >= LEARNED:
         return untouched(problem, trial, outcomes)._replace(skipped={})
     suspected = {finding.rule: finding for finding in reversed(suspicions)}
+    failed: dict[str, str] = {}
     repairs = sorted(
-        every_repair(problem),
+        every_repair(problem, suspected=suspected, skipped=failed),
         key=lambda one: not (one.is_suspected or set(one.rules) & set(suspected)),
     )
     tried, left_out = _try_singles(lab, original, repairs)
@@ -178,7 +183,8 @@ def intervene(
     ruled_out = tuple(
         one.name for one in repairs if one.name not in helped and one not in left_out
     )
-    skipped = {one.name: "its training did not fit the budget" for one in left_out}
+    late = {one.name: "its training did not fit the budget" for one in left_out}
+    skipped = failed | late
     if time.monotonic() > lab.deadline:
         skipped["repairs together"] = "not all of their trainings fitted the budget"
     return untouched(problem, trial, outcomes)._replace(

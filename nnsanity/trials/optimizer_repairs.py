@@ -12,35 +12,41 @@ from nnsanity.trials.repairs import Repair
 
 LOWER = 0.1
 """Factor of the rate without clipping."""
+WITHOUT_DECAY = "leaving out the weight decay"
+WITHOUT_CLIPPING = f"training without clipping at {LOWER:g} times the learning rate"
 SMALL = {0: 2.0**-6, 1: 2.0**-30}
 """Factor of gradients that are not clipped, by the degree of the optimizer; where it
 divides by their size, they must stay above its epsilon."""
 
 
-def optimizer_repairs(problem: Problem) -> tuple[Repair, ...]:
+def optimizer_repairs(problem: Problem, skipped: dict[str, str]) -> tuple[Repair, ...]:
     """Lists the repairs that make sense for a problem.
 
     Args:
         problem: as given.
+        skipped: gets the repairs that could not be made, and why.
     """
     if problem.optimizer is None:
         return ()
+    makers = {WITHOUT_DECAY: _without_decay, WITHOUT_CLIPPING: _without_clipping}
     repairs: tuple[Repair, ...] = ()
-    for make in (_without_decay, _without_clipping):
-        repairs += attempted({}, "", functools.partial(make, problem)) or ()
+    for name, make in makers.items():
+        made = attempted(skipped, name, functools.partial(make, problem, skipped))
+        repairs += made or ()
     return repairs
 
 
-def _without_decay(problem: Problem) -> tuple[Repair, ...]:
+def _without_decay(problem: Problem, skipped: dict[str, str]) -> tuple[Repair, ...]:
     """Gives the optimizer zeros for the parameters, so that nothing of them decays."""
     decay = regularization.weight_decay(problem.optimizer, problem.params)
-    if not bool(jnp.any(decay > 0)) or bool(
-        scales_with_weights(problem.optimizer, problem.params)
-    ):
+    if not bool(jnp.any(decay > 0)):
+        return ()
+    if bool(scales_with_weights(problem.optimizer, problem.params)):
+        skipped[WITHOUT_DECAY] = "the optimizer needs the weights for more than decay"
         return ()
     return (
         Repair(
-            "leaving out the weight decay",
+            WITHOUT_DECAY,
             "penalty",
             lambda copy, key: copy._replace(weight_scale=jnp.float32(0)),
             (),
@@ -49,7 +55,7 @@ def _without_decay(problem: Problem) -> tuple[Repair, ...]:
     )
 
 
-def _without_clipping(problem: Problem) -> tuple[Repair, ...]:
+def _without_clipping(problem: Problem, skipped: dict[str, str]) -> tuple[Repair, ...]:
     """Scales the gradients down below the limit, and the updates up again."""
     found = clipping(problem.optimizer, problem.params)
     if not bool(jnp.any(found.clips)):
@@ -58,13 +64,17 @@ def _without_clipping(problem: Problem) -> tuple[Repair, ...]:
     degree = float(update_degree(problem.optimizer, problem.params, size=size))
     power = round(degree) if abs(degree - round(degree)) < 0.05 else None
     if power not in SMALL:
+        skipped[WITHOUT_CLIPPING] = (
+            f"unclipped updates grow with the gradient to the power {degree:.2f}, and"
+            " are scaled only where that is 0 or 1"
+        )
         return ()
     small = SMALL[power]
     weight = small if power else 1.0
     rate = LOWER / small**power
     return (
         Repair(
-            f"training without clipping at {LOWER:g} times the learning rate",
+            WITHOUT_CLIPPING,
             "rate",
             lambda copy, key: copy._replace(
                 gradient_scale=jnp.float32(small),

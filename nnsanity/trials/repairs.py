@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from nnsanity._types import Array, PyTree
 from nnsanity.checks import (
-    batch_size,
     depth,
     final_activation,
     gradients,
@@ -31,8 +30,6 @@ from nnsanity.trials.measure import training_noise
 from nnsanity.trials.problem import Problem
 
 Change = Callable[[Copy, Array], Copy]
-MAX_REPAIRED_STEPS = 2000
-"""Steps of a copy that trains in smaller batches, at most."""
 
 
 class Repair(NamedTuple):
@@ -71,7 +68,6 @@ def available_repairs(problem: Problem) -> tuple[Repair, ...]:
         *_head_repairs(problem),
         *_hidden_repairs(problem),
         *_regularization_repairs(problem),
-        *_batch_repairs(problem),
     )
 
 
@@ -278,27 +274,3 @@ def _regularization_repairs(problem: Problem) -> tuple[Repair, ...]:
             )
         )
     return tuple(repairs)
-
-
-def _batch_repairs(problem: Problem) -> tuple[Repair, ...]:
-    size = problem.size
-    if not batch_size.suspected(problem.batch_size, size):
-        return ()
-    return (
-        Repair(
-            f"batches of {batch_size.USUAL}",
-            "batch",
-            lambda copy, key: copy,
-            (),
-            batch_size.wrong_size(problem.batch_size, size),
-            is_suspected=True,
-            rewrite=_with_usual_batches,
-        ),
-    )
-
-
-def _with_usual_batches(problem: Problem) -> Problem:
-    """Trains on as many examples, in batches of the usual size."""
-    examples = problem.num_steps * max(problem.batch_size, batch_size.USUAL)
-    num_steps = min(examples // batch_size.USUAL, MAX_REPAIRED_STEPS)
-    return problem._replace(batch_size=batch_size.USUAL, num_steps=num_steps)

@@ -44,6 +44,7 @@ class Outcome(NamedTuple):
             where there are none.
         validation_quality: float32[marks + 1], on the same.
         params: at the end.
+        kept: parameters after the mark that the copy names; by default at the start.
     """
 
     batch_losses: Array
@@ -53,6 +54,7 @@ class Outcome(NamedTuple):
     validation_losses: Array
     validation_quality: Array
     params: Params
+    kept: Params
 
 
 class Trial(NamedTuple):
@@ -62,12 +64,14 @@ class Trial(NamedTuple):
         train: ``train(copy, key) -> Outcome``, compiled once.
         plain: the user's own program.
         num_steps: how long it trains.
+        per_mark: steps from one mark to the next.
         batch_size: examples in one step.
     """
 
     train: functools.partial[Outcome]
     plain: Copy
     num_steps: int
+    per_mark: int
     batch_size: int
 
 
@@ -94,7 +98,7 @@ def prepare(problem: Problem, key: Array, *, num_steps: int, batch_size: int) ->
         take_examples(problem.validation, slice(MAX_EVALUATED)),
         rows,
     )
-    return Trial(train, plain(problem), marks * per_mark, batch_size)
+    return Trial(train, plain(problem), marks * per_mark, per_mark, batch_size)
 
 
 def with_inputs(trial: Trial, inputs: PyTree) -> Trial:
@@ -111,6 +115,19 @@ def train_copies(trial: Trial, copies: Sequence[tuple[Copy, Array]]) -> list[Out
     measured to be slower for all but tiny networks.
     """
     return [jax.device_get(trial.train(copy, key)) for copy, key in copies]
+
+
+def mid_descent(losses: Array) -> int:
+    """Returns the mark whose loss is nearest to the middle between start and lowest.
+
+    0, the start, where the loss does not fall.
+    """
+    values = np.asarray(losses, np.float64)
+    values = np.where(np.isfinite(values), values, np.inf)
+    lowest = values.min()
+    if not lowest < values[0] < np.inf:
+        return 0
+    return int(np.argmin(np.abs(values - (values[0] + lowest) / 2)))
 
 
 def _split(problem: Problem, key: Array) -> tuple[np.ndarray, np.ndarray]:
@@ -176,15 +193,21 @@ def _train(
         return (losses[0], *qualities[:2], losses[1], qualities[2])
 
     def mark(state: tuple, now: tuple) -> tuple[tuple, tuple]:
-        state, losses = jax.lax.scan(step, state, now)
-        return state, (losses, evaluate(state[0]))
+        training, kept = state
+        index, *steps = now
+        training, losses = jax.lax.scan(step, training, tuple(steps))
+        is_kept = index == copy.kept_mark
+        kept = jax.lax.cond(is_kept, lambda: training[0], lambda: kept)
+        return (training, kept), (losses, evaluate(training[0]))
 
     state = (copy.params, optimizer.init(floats_of(copy.params)))
     by_mark = jax.tree.map(
         lambda leaf: leaf.reshape(marks, per_mark, *leaf.shape[1:]),
         (batches, noise_keys),
     )
-    (params, _), (batch_losses, later) = jax.lax.scan(mark, state, by_mark)
+    ((params, _), kept), (batch_losses, later) = jax.lax.scan(
+        mark, (state, copy.params), (jnp.arange(1, marks + 1), *by_mark)
+    )
     curves = jax.tree.map(
         lambda first, rest: jnp.concatenate([first[None], rest]),
         evaluate(copy.params),
@@ -199,6 +222,7 @@ def _train(
         validation_losses,
         validation_quality,
         params,
+        kept,
     )
 
 

@@ -1,0 +1,81 @@
+"""How noisy gradients are in mid-descent, and the batch size that this suggests."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from nnsanity.checks.batch_size import judge_noise
+from nnsanity.quantities.noise_scale import gradient_noise_scale
+from nnsanity.tracing.averaged import averaged_terms
+from nnsanity.trials.dynamics import Dynamics, attempted
+from nnsanity.trials.measure import MAX_MEASURED
+from nnsanity.trials.problem import Problem
+from nnsanity.trials.trial import Outcome, Trial, mid_descent
+
+NAME = "noise_scale"
+MIN_FALL = 0.1
+"""Share of its start by which a loss must have fallen to call it a descent."""
+
+
+def measure_batch_noise(
+    problem: Problem, trial: Trial, outcomes: Sequence[Outcome]
+) -> Dynamics:
+    """Measures the noise scale where the loss is half-way down.
+
+    At the start the gradient is still clear, and at the minimum lost in its noise.
+    Costs one gradient of up to 1,000 examples and the time to compile it.  The loss is
+    that without dropout, whose noise comes on top.
+
+    Args:
+        problem: what was trained.
+        trial: how.
+        outcomes: all but the first with the parameters of mid-descent.
+    """
+    losses = np.asarray(outcomes[0].losses, np.float64)
+    middle = mid_descent(losses)
+    lowest = np.min(losses[np.isfinite(losses)], initial=np.inf)
+    if not lowest < losses[0] - MIN_FALL * abs(losses[0]):
+        return _not_told("the loss does not fall, so there is no middle of its descent")
+    if len(outcomes) < 2:
+        return _not_told("a training takes too long to be made again")
+    skipped: dict[str, str] = {}
+    rows = np.random.default_rng(0).permutation(problem.size)[:MAX_MEASURED]
+    batch = problem.batch(rows)
+    noise = attempted(
+        skipped,
+        NAME,
+        lambda: gradient_noise_scale(problem.loss_fn, outcomes[1].kept, batch),
+    )
+    if noise is None:
+        return Dynamics((), {}, skipped)
+    noise = jax.device_get(noise)
+    step = middle * trial.per_mark
+    if not np.isfinite(noise).all():
+        reason = (
+            f"the gradient of {len(rows)} examples is lost in its noise after {step}"
+            " steps, so no batch of them is too large"
+        )
+        return _not_told(reason)._replace(measurements={NAME: noise})
+    findings = judge_noise(
+        noise,
+        batch_size=problem.batch_size,
+        num_examples=problem.size,
+        step=step,
+        places=_most_used(problem),
+    )
+    return Dynamics(findings, {NAME: noise}, {})
+
+
+def _not_told(reason: str) -> Dynamics:
+    return Dynamics((), {}, {"batch-size/suggested": reason})
+
+
+def _most_used(problem: Problem) -> tuple[str, float]:
+    """Returns the parameter that is used most in one example, and how often."""
+    batch = problem.batch(slice(problem.batch_size))
+    terms = averaged_terms(problem.loss_fn, problem.params, batch)
+    known = {name: one for name, one in terms.items() if math.isfinite(one)}
+    name = max(known, key=lambda one: known[one], default="")
+    return name, known.get(name, 0.0) / problem.batch_size

@@ -1,0 +1,46 @@
+"""Repairs that train on as many examples, in batches of another size."""
+
+import functools
+from collections.abc import Mapping
+
+from nnsanity.checks import batch_size
+from nnsanity.findings import Finding
+from nnsanity.trials.problem import Problem
+from nnsanity.trials.repairs import Repair
+
+MAX_REPAIRED_STEPS = 2000
+"""Steps of a copy that trains in smaller batches, at most; or those of the original."""
+
+
+def batch_repairs(
+    problem: Problem, suspected: Mapping[str, Finding]
+) -> tuple[Repair, ...]:
+    """Lists the batches that are worth a try.
+
+    Args:
+        problem: as given.
+        suspected: findings by rule; a batch that is too large for its noise scale names
+            the one to try.
+    """
+    noisy = suspected.get(batch_size.TOO_LARGE)
+    if noisy is None and not batch_size.suspected(problem.batch_size, problem.size):
+        return ()
+    size = batch_size.USUAL if noisy is None else int(noisy.limit)
+    return (
+        Repair(
+            f"batches of {size}",
+            "batch",
+            lambda copy, key: copy,
+            () if noisy is None else (batch_size.TOO_LARGE,),
+            noisy or batch_size.wrong_size(problem.batch_size, problem.size),
+            is_suspected=True,
+            rewrite=functools.partial(_with_batches, size=size),
+        ),
+    )
+
+
+def _with_batches(problem: Problem, *, size: int) -> Problem:
+    """Trains on as many examples."""
+    examples = problem.num_steps * max(problem.batch_size, size)
+    most = max(problem.num_steps, MAX_REPAIRED_STEPS)
+    return problem._replace(batch_size=size, num_steps=min(examples // size, most))

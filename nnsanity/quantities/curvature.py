@@ -13,6 +13,8 @@ from nnsanity._tree import accumulation_dtype, in_float32
 from nnsanity._types import Array, LossFn, Params, PyTree
 from nnsanity.quantities.descent import check_loss, described, floats_of, with_floats
 
+_BLOCK = 4
+"""Vectors that are taken out of another one together."""
 _BREAKDOWN = 10.0
 """Residuals under so many units of rounding mean that no new direction is left."""
 
@@ -161,34 +163,43 @@ def _ritz_vector(
     num_iterations: int,
 ) -> Vector:
     """Returns the best unit vector of the Krylov space, in the parameters' dtypes."""
-    rows = jnp.arange(num_iterations)
+    num_blocks = -(-num_iterations // _BLOCK)
     start = _scaled(start, 1 / _length(start))
-    basis = [0 * jnp.stack([one] * num_iterations) for one in start]
+    shape = num_blocks, _BLOCK
+    # Made of the parameters, so that they are sharded as those are.
+    basis = [0 * jnp.stack([jnp.stack([one] * shape[1])] * shape[0]) for one in start]
     tolerance = _BREAKDOWN * jnp.finfo(_inner(start, start).dtype).eps
 
     def iterate(state: tuple, row: Array) -> tuple[tuple, tuple]:
-        basis, vector, size, is_alive = state
+        basis, vector, before, beta, size, is_alive = state
+        block, place = row // _BLOCK, row % _BLOCK
         basis = [
-            jnp.where(_along(rows == row, old), one[None], old)
+            jax.lax.dynamic_update_slice(old, one[None, None], (block, place, *zeros))
             for one, old in zip(vector, basis, strict=True)
+            for zeros in [(0,) * one.ndim]
         ]
         applied = product(_rounded(vector, leaves))
         alpha = _inner(vector, applied)
         size = jnp.maximum(size, _length(applied))
-        rest = _orthogonal(_orthogonal(applied, basis), basis)
-        beta = _length(rest)
+        rest = _plus(_plus(applied, vector, -alpha), before, -beta)
+        rest, beta = _orthogonal(rest, basis, block + 1)
         goes_on = is_alive & (beta > tolerance * size)
         beta = jnp.where(goes_on, beta, 0)
         following = _scaled(
             rest, jnp.where(goes_on, 1 / jnp.where(goes_on, beta, 1), 0)
         )
-        return (basis, following, size, goes_on), (alpha, beta, is_alive)
+        state = basis, following, vector, beta, size, goes_on
+        return state, (alpha, beta, is_alive)
 
     zero = 0 * _inner(start, start)
-    state: tuple = (basis, start, zero, zero == 0)
+    nothing = [0 * one for one in start]
+    state: tuple = (basis, start, nothing, zero, zero, zero == 0)
+    rows = jnp.arange(num_iterations)
     (basis, *_), (alphas, betas, is_alive) = jax.lax.scan(iterate, state, rows)
     weights = _largest_eigenvector(alphas, betas[:-1], is_alive)
-    vector = [jnp.sum(_along(weights, one) * one, axis=0) for one in basis]
+    weights = jnp.pad(weights, (0, num_blocks * _BLOCK - num_iterations))
+    weights = weights.reshape(shape)
+    vector = [_combined(weights, one, num_axes=2) for one in basis]
     return _rounded(vector, leaves)
 
 
@@ -205,17 +216,17 @@ def _largest_eigenvector(alphas: Array, betas: Array, is_alive: Array) -> Array:
 
 def _inner(one: Vector, two: Vector) -> Array:
     """The inner product over all leaves, complex numbers as pairs."""
-    parts = [jnp.sum((jnp.conj(a) * b).real) for a, b in zip(one, two, strict=True)]
+    parts = [_summed((jnp.conj(a) * b).real) for a, b in zip(one, two, strict=True)]
     return functools.reduce(operator.add, parts)
+
+
+def _summed(numbers: Array) -> Array:
+    """The sum; over the last axis last, which is four times as fast on a CPU."""
+    return jnp.sum(jnp.sum(numbers, axis=tuple(range(numbers.ndim - 1))))
 
 
 def _length(vector: Vector) -> Array:
     return jnp.sqrt(_inner(vector, vector))
-
-
-def _along(weights: Array, rows: Array) -> Array:
-    """Shapes one number for each row so that it meets the rows."""
-    return weights.reshape(-1, *(1,) * (rows.ndim - 1))
 
 
 def _scaled(vector: Vector, factor: Array) -> Vector:
@@ -226,20 +237,46 @@ def _plus(vector: Vector, other: Vector, factor: Array) -> Vector:
     return [one + two for one, two in zip(vector, _scaled(other, factor), strict=True)]
 
 
-def _orthogonal(vector: Vector, basis: Vector) -> Vector:
-    """Takes out what lies along the rows of the basis.
+def _orthogonal(
+    vector: Vector, basis: Vector, num_blocks: Array
+) -> tuple[Vector, Array]:
+    """Takes out what lies along the first blocks of the basis; and the length then.
 
-    Products and sums, no matrix product: those are rounded on accelerators.
+    What should be there already is rounding, and one turn takes it out, unless hardly
+    anything else was there (Daniel, Gragg, Kaufman and Stewart 1976): then two do.
     """
-    parts = [
-        jnp.sum((jnp.conj(rows) * one[None]).real, axis=tuple(range(1, rows.ndim)))
-        for one, rows in zip(vector, basis, strict=True)
-    ]
-    along = functools.reduce(operator.add, parts)
-    return [
-        one - jnp.sum(_along(along, rows).astype(rows.dtype) * rows, axis=0)
-        for one, rows in zip(vector, basis, strict=True)
-    ]
+
+    def without_block(index: Array, vector: Vector) -> Vector:
+        rows = [
+            jax.lax.dynamic_index_in_dim(one, index, keepdims=False) for one in basis
+        ]
+        parts = [
+            # No matrix product, which explicit meshes refuse along sharded axes.
+            jnp.sum(
+                (jnp.conj(block) * one[None]).real, axis=tuple(range(1, block.ndim))
+            )
+            for one, block in zip(vector, rows, strict=True)
+        ]
+        along = functools.reduce(operator.add, parts)
+        return [
+            one - _combined(along, block, num_axes=1)
+            for one, block in zip(vector, rows, strict=True)
+        ]
+
+    def once(vector: Vector) -> tuple[Vector, Array]:
+        vector = jax.lax.fori_loop(0, num_blocks, without_block, vector)
+        return vector, _length(vector)
+
+    before = _length(vector)
+    vector, length = once(vector)
+    return jax.lax.cond(length > before / 2, lambda one: (one, length), once, vector)
+
+
+def _combined(weights: Array, rows: Array, *, num_axes: int) -> Array:
+    """The weighted sum along the first axes, in full precision."""
+    highest = jax.lax.Precision.HIGHEST
+    weights = weights.astype(rows.dtype)
+    return jnp.tensordot(weights, rows, axes=num_axes, precision=highest)
 
 
 def _rounded(vector: Vector, leaves: Vector) -> Vector:

@@ -6,6 +6,12 @@ import pytest
 
 import nnsanity as ns
 from nnsanity.quantities.clipping import scales_with_weights, update_degree
+from nnsanity.trials.optimizer_repairs import (
+    WITHOUT_CLIPPING,
+    WITHOUT_DECAY,
+    optimizer_repairs,
+)
+from nnsanity.trials.problem import checked_problem
 
 pytestmark = pytest.mark.slow
 
@@ -156,3 +162,49 @@ def test_a_loss_that_needs_its_own_batch_size_is_told():
         interventions=False,
     )
     assert "reshape" in report.skipped["outlier_examples"]
+
+
+def by_square_roots(updates, state, params=None):
+    """Clips, then takes roots: unclipped updates grow with the root of gradients."""
+    root = lambda one: jnp.sign(one) * jnp.sqrt(jnp.abs(jnp.clip(one, -1, 1)))  # noqa: E731
+    return jax.tree.map(root, updates), state
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "name", "reason"),
+    [
+        (optax.lamb(1e-3, weight_decay=0.1), WITHOUT_DECAY, "for more than decay"),
+        (
+            optax.GradientTransformation(lambda params: (), by_square_roots),
+            WITHOUT_CLIPPING,
+            "to the power 0.50",
+        ),
+        (
+            optax.GradientTransformation(lambda params: (), lambda *_: 1 / 0),
+            WITHOUT_DECAY,
+            "ZeroDivisionError",
+        ),
+        (optax.sgd(0.1), None, None),
+    ],
+)
+def test_what_can_not_be_left_out_is_told(optimizer, name, reason):
+    problem = checked_problem(
+        apply_fn,
+        loss_fn,
+        jax.tree.map(lambda leaf: leaf + 2, PARAMS),
+        (INPUTS, TARGETS),
+        key=jax.random.key(0),
+        optimizer=optimizer,
+        batch_size=32,
+        num_steps=10,
+        train_loss_fn=None,
+        validation=None,
+        groups=None,
+    )
+    skipped = {}
+    repairs = optimizer_repairs(problem, skipped)
+    assert all(one.name not in skipped for one in repairs)
+    if name is None:
+        assert skipped == {}
+    else:
+        assert reason in skipped[name]

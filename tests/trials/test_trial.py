@@ -9,6 +9,7 @@ from nnsanity.trials.problem import checked_problem
 from nnsanity.trials.trial import (
     NUM_MARKS,
     _batch_rows,
+    mid_descent,
     prepare,
     train_copies,
     with_inputs,
@@ -192,6 +193,31 @@ def test_evaluations():
             error = apply_fn(params, INPUTS[rows]) - TARGETS[rows]
             explained = 1 - np.mean(np.square(error)) / TARGETS[rows].var()
             assert curve[place] == pytest.approx(max(explained, -1), rel=1e-3)
+
+
+@pytest.mark.parametrize("mark", [0, 3, NUM_MARKS])
+def test_parameters_of_a_mark_are_kept(mark):
+    outcome = TRIALS["sgd"].train(QUIET._replace(kept_mark=jnp.int32(mark)), KEY)
+    rows = TRIALS["sgd"].train.args[-1][1]
+    loss = LOSS_FN(outcome.kept, (INPUTS[rows], TARGETS[rows]))
+    assert outcome.losses[mark] == pytest.approx(float(loss), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([8.0, 7, 4, 1, 0], 2),
+        ([8.0, 0.1, 0, 0], 1),
+        ([-1.0, -2, -4, -9, -3], 2),
+        ([8.0, 6, np.nan, np.inf], 0),
+        ([8.0, 3, np.nan, np.inf], 1),
+        ([1.0, 2, 3], 0),
+        ([np.nan, 2, 1], 0),
+        ([np.nan, np.nan], 0),
+    ],
+)
+def test_middle_of_a_descent(losses, expected):
+    assert mid_descent(np.float32(losses)) == expected
 
 
 def test_no_example_is_both_held_out_and_trained_on():

@@ -173,7 +173,15 @@ def by_square_roots(updates, state, params=None):
 @pytest.mark.parametrize(
     ("optimizer", "name", "reason"),
     [
-        (optax.lamb(1e-3, weight_decay=0.1), WITHOUT_DECAY, "for more than decay"),
+        (
+            optax.chain(
+                optax.adaptive_grad_clip(0.1),
+                optax.add_decayed_weights(1e-3),
+                optax.sgd(0.1),
+            ),
+            WITHOUT_DECAY,
+            "for more than decay",
+        ),
         (
             optax.GradientTransformation(lambda params: (), by_square_roots),
             WITHOUT_CLIPPING,

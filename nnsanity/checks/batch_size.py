@@ -103,7 +103,7 @@ def judge_noise(
             "batch_size",
             float(batch_size),
             float(size),
-            f"After {step} steps, half-way down the loss, the noise of a batch's"
+            f"After {step} steps, with the loss on its way down, the noise of a batch's"
             f" gradient is as large as the gradient at {number(scale)} examples"
             f" (standard error {number(error)}); your batches of {batch_size} are"
             f" {number(batch_size / max(scale, 1e-6))} times that.",

@@ -4,9 +4,11 @@ import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nnsanity.checks.batch_size import judge_noise
+from nnsanity.quantities.noise_estimate import NoiseScale
 from nnsanity.quantities.noise_scale import gradient_noise_scale
 from nnsanity.tracing.averaged import averaged_terms
 from nnsanity.trials.dynamics import Dynamics, attempted
@@ -41,7 +43,8 @@ def measure_batch_noise(
     if len(outcomes) < 2:
         return _not_told("a training takes too long to be made again")
     skipped: dict[str, str] = {}
-    rows = np.random.default_rng(0).permutation(problem.size)[:MAX_MEASURED]
+    order = np.random.default_rng(0).permutation(problem.size)
+    rows = jnp.asarray(order[:MAX_MEASURED])
     batch = problem.batch(rows)
     noise = attempted(
         skipped,
@@ -53,23 +56,33 @@ def measure_batch_noise(
     noise = jax.device_get(noise)
     step = middle * trial.per_mark
     if not np.isfinite(noise).all():
-        reason = (
-            f"the gradient of {len(rows)} examples is lost in its noise after {step}"
-            " steps, so no batch of them is too large"
-        )
+        reason = _reason(noise, len(rows), step)
         return _not_told(reason)._replace(measurements={NAME: noise})
+    places = attempted(skipped, "averaged_terms", lambda: _most_used(problem))
     findings = judge_noise(
         noise,
         batch_size=problem.batch_size,
         num_examples=problem.size,
         step=step,
-        places=_most_used(problem),
+        places=places or ("", 0.0),
     )
-    return Dynamics(findings, {NAME: noise}, {})
+    return Dynamics(findings, {NAME: noise}, skipped)
 
 
 def _not_told(reason: str) -> Dynamics:
     return Dynamics((), {}, {"batch-size/suggested": reason})
+
+
+def _reason(noise: NoiseScale, num_examples: int, step: int) -> str:
+    """Says why a noise scale or its error is not finite."""
+    if np.isnan(noise.noise_scale):
+        return f"gradients are not finite after {step} steps"
+    if np.isfinite(noise.noise_scale):
+        return f"{num_examples} examples leave no error bar"
+    return (
+        f"the gradient of {num_examples} examples is lost in its noise after {step}"
+        " steps, so no batch of them is too large"
+    )
 
 
 def _most_used(problem: Problem) -> tuple[str, float]:

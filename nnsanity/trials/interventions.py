@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nnsanity._types import Array
@@ -100,7 +101,7 @@ def train_original(problem: Problem, trial: Trial, key: Array) -> tuple[Outcome,
         began = time.monotonic()
         outcomes += train_copies(trial, [(copy, one)])
         middle = mid_descent(outcomes[0].losses)
-        copy = trial.plain._replace(kept_mark=np.int32(middle))
+        copy = trial.plain._replace(kept_mark=jnp.int32(middle))
         took = time.monotonic() - began
         if took > VERY_SLOW_SECONDS:
             break

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 import optax
 
 from nnsanity._tree import in_float32, take_examples
@@ -117,7 +118,7 @@ def train_copies(trial: Trial, copies: Sequence[tuple[Copy, Array]]) -> list[Out
     return [jax.device_get(trial.train(copy, key)) for copy, key in copies]
 
 
-def mid_descent(losses: Array) -> int:
+def mid_descent(losses: npt.ArrayLike) -> int:
     """Returns the mark whose loss is nearest to the middle between start and lowest.
 
     0, the start, where the loss does not fall.

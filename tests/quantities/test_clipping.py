@@ -61,7 +61,7 @@ ALIASES = {
     "adabelief, adadelta, adagrad, adam, adamax, adamaxw, adamw, adan, amsgrad",
     "fromage, lamb, lars, lion, nadam, nadamw, noisy_sgd, novograd, optimistic_adam_v2",
     "optimistic_gradient_descent, radam, rmsprop, rprop, sgd, sign_sgd, sm3, yogi",
-    "polyak_sgd, lbfgs, signum",
+    "polyak_sgd, lbfgs, signum, optimistic_adam",
 }
 ALIASES = sorted(", ".join(ALIASES).split(", "))
 OTHERS = {
@@ -74,8 +74,19 @@ OTHERS = {
 }
 
 
+def test_every_alias_of_optax_is_looked_at():
+    makers = {
+        name
+        for name, maker in vars(optax).items()
+        if getattr(maker, "__module__", "").endswith(".alias")
+    }
+    assert len(makers) > 25
+    assert makers <= {*ALIASES, "adafactor"}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Specifying a key")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ALIASES)
 def test_no_alias_is_taken_for_a_clipper(name):
     alias = getattr(optax, name, None)

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 import nnsanity as ns
-from nnsanity.trials.batch_noise import measure_batch_noise
+from nnsanity.trials.batch_noise import _reason, measure_batch_noise
 from nnsanity.trials.interventions import train_original
 from nnsanity.trials.problem import checked_problem
 from nnsanity.trials.trial import mid_descent, prepare
@@ -93,6 +93,18 @@ def test_a_gradient_lost_in_noise():
     reasons = {"the loss does not fall", "is lost in its noise"}
     assert any(one in found.skipped["batch-size/suggested"] for one in reasons)
     assert found.findings == ()
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "words"),
+    [
+        (np.nan, np.nan, "not finite after 4 steps"),
+        (np.inf, np.inf, "of 9 examples is lost in its noise"),
+        (3.0, np.inf, "9 examples leave no error bar"),
+    ],
+)
+def test_why_there_is_no_number(scale, error, words):
+    assert words in _reason(ns.NoiseScale(scale, 1.0, 1.0, error), 9, 4)
 
 
 def checkup(batch_size, num_steps, **options):

@@ -210,7 +210,7 @@ def test_parameters_of_a_mark_are_kept(mark):
         ([8.0, 0.1, 0, 0], 1),
         ([-1.0, -2, -4, -9, -3], 2),
         ([8.0, 6, np.nan, np.inf], 0),
-        ([8.0, 3, np.nan, np.inf], 1),
+        ([8.0, 4, 3, np.nan, np.inf], 1),
         ([1.0, 2, 3], 0),
         ([np.nan, 2, 1], 0),
         ([np.nan, np.nan], 0),

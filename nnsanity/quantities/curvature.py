@@ -47,11 +47,11 @@ def sharpness(
 
     Lanczos iterations, each vector orthogonal to all before it.  Costs
     ``num_iterations + 1`` products of the Hessian with a vector, each about two to
-    three gradients, and memory for ``num_iterations`` copies of the parameters in
-    float32, sharded as they are; without the copies rounding would bring back what was
-    found already, and the vector could not be built.  10 to 30 iterations are usual.
-    Half precision limits the products themselves to two or three digits, which the
-    residual shows.
+    three gradients, one read of the vectors so far for each, and memory for
+    ``num_iterations`` copies of the parameters in float32, sharded as they are; without
+    the copies rounding would bring back what was found already, and the vector could
+    not be built.  10 to 30 iterations are usual.  Half precision limits the products
+    themselves to two or three digits, which the residual shows.
 
     Args:
         loss_fn: ``loss_fn(params, batch) -> scalar``, twice differentiable.

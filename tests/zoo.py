@@ -230,7 +230,8 @@ def lstm():
 
 
 def lstm_by_scan():
-    params = {"w": jnp.ones((D + H, 4 * H)), "b": jnp.zeros(4 * H), "head": jnp.ones(H)}
+    (gates,), (head,) = dense(KEY, D + H, 4 * H), dense(KEY, H, 1)
+    params = {**gates, "head": head["w"][:, 0]}
 
     def network(params, x):
         def step(state, row):

@@ -30,6 +30,8 @@ class Overfit(NamedTuple):
         start_loss: float32[], before the first step.
         left: float32[], what is left of the blind loss, 0 for a perfect fit; fits up to
             0.1.  Below -0.1 the loss fell under what right outputs give: a wrong sign.
+            Of a loss without a floor the share of the squared errors that a normal
+            density of this loss has left.
         scale: float32[], the factor of the updates that led furthest; NaN where all
             diverged.
         scales: float32[scales], those tried.
@@ -55,7 +57,7 @@ def overfit_batch(
     key: Array,
     num_steps: int = 500,
     scales: Array | None = None,
-    best_loss: float | Array = 0.0,
+    best_loss: float | Array | None = 0.0,
 ) -> Overfit:
     """Tries to learn one small batch by heart.
 
@@ -79,7 +81,9 @@ def overfit_batch(
         num_steps: of each training.
         scales: [scales], factors of the updates; by default 0.01 to 1000.
         best_loss: what the loss is where every output is right; give it where it is not
-            0, as for a log likelihood.
+            0, as for smoothed labels, whose entropy it is.  None where it has no floor,
+            as the log likelihood of a density in nats, summed over the numbers of a
+            target: a wrong sign can't be told then.
 
     Returns:
         ``Overfit``.
@@ -118,7 +122,7 @@ def overfit_batch(
         raise ValueError(
             f"overfit_batch: scales must be a list of numbers, got shape {chosen.shape}"
         )
-    best_loss = jnp.asarray(best_loss, jnp.float32)
+    best_loss = jnp.asarray(jnp.nan if best_loss is None else best_loss, jnp.float32)
     return _overfit(
         loss_fn, optimizer, params, batch, key, num_steps, chosen, best_loss
     )
@@ -159,11 +163,11 @@ def _overfit(
     ends, blind_ends = (_ends(one) for one in (losses, blind_losses))
     start_loss = losses[0, 0]
     blind = jnp.minimum(jnp.min(blind_ends), blind_losses[0, 0])
-    # A loss without a floor falls blindly too: then the start is what to compare with.
-    blind = jnp.where(blind >= best_loss, blind, start_loss)
+    # A loss that falls below right outputs falls blindly too: compare with the start.
+    is_blind = (blind >= best_loss) | jnp.isnan(best_loss)
+    blind = jnp.where(is_blind, blind, start_loss)
     loss = jnp.min(ends)
-    room = jnp.abs(blind - best_loss)
-    left = (loss - best_loss) / jnp.where(room > 0, room, 1)
+    left = _left(loss, blind, best_loss)
     any_finite = jnp.isfinite(loss)
     return Overfit(
         (left <= FITTED_SHARE) & (left >= -FITTED_SHARE),
@@ -175,6 +179,17 @@ def _overfit(
         scales,
         losses,
     )
+
+
+def _left(loss: Array, blind: Array, best_loss: Array) -> Array:
+    """Returns what is left of the blind loss.
+
+    The log likelihood of a normal density whose deviation is that of the errors falls
+    by half of the logarithm of what their squares fall by.
+    """
+    room = jnp.abs(blind - best_loss)
+    above_best = (loss - best_loss) / jnp.where(room > 0, room, 1)
+    return jnp.where(jnp.isnan(best_loss), jnp.exp(2 * (loss - blind)), above_best)
 
 
 def _ends(losses: Array) -> Array:

@@ -108,18 +108,26 @@ def _overfit(
         return in_float32(quiet(params, given))
 
     changed = prepared(problem, copy, batch)
-    best = perfect_loss(problem, changed)
-    return jax.device_get(
-        overfit_batch(
+    perfect = perfect_loss(problem, changed)
+
+    def learned(best_loss: float | None) -> Overfit:
+        optimizer = problem.optimizer
+        found = overfit_batch(
             loss_fn,
             copy.params,
             changed,
-            ADAM if repairs or problem.optimizer is None else problem.optimizer,
+            ADAM if repairs or optimizer is None else optimizer,
             key=key,
             num_steps=NUM_STEPS,
-            best_loss=best if np.isfinite(best) else 0.0,
+            best_loss=best_loss,
         )
-    )
+        return jax.device_get(found)
+
+    if np.isfinite(perfect):
+        return learned(perfect)
+    found = learned(0.0)
+    # Where nobody knows the floor of a loss, one below zero may be a log likelihood.
+    return learned(None) if found.loss < 0 else found
 
 
 def judge_outputs(

@@ -217,6 +217,29 @@ def test_a_loss_with_another_floor():
     assert overfit(shifted, best_loss=-3.0).fits
 
 
+def density(apply_fn):
+    def loss_fn(params, batch):
+        mean, log_deviation = jnp.split(apply_fn(params, batch[0]), 2, axis=-1)
+        scaled = (batch[1] - mean) * jnp.exp(-log_deviation)
+        return jnp.mean(0.5 * scaled**2 + log_deviation)
+
+    return loss_fn
+
+
+@pytest.mark.slow
+def test_a_density_has_no_floor():
+    case = (density(network), drawn(5, 32, 32, 2), INPUTS, NUMBERS)
+    assert not overfit(case).fits  # which looks like a wrong sign
+    assert overfit(case, best_loss=None).fits
+    mixed_up = density(lambda params, x: network(params, x[ORDER]))
+    found = overfit((mixed_up, *case[1:]), best_loss=None)
+    assert not found.fits
+    # The best normal density of all targets: half of the log of their variance + 1.
+    best = 0.5 * np.log(np.var(np.asarray(NUMBERS))) + 0.5
+    assert found.blind_loss == pytest.approx(best, abs=1e-2)
+    assert found.left == pytest.approx(np.exp(2 * (found.loss - best)), rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -297,3 +298,47 @@ def wave(column: np.ndarray, targets: np.ndarray, *, period: float) -> Cycle:
     encoded = waves @ weights
     explained = 1 - np.mean((targets - encoded) ** 2) / max(targets.var(), 1e-30)
     return Cycle(period, float(explained), encoded)
+
+
+def wave_columns(period: float, *, start: float) -> Callable[[Array], Array]:
+    """Returns what makes a sine and a cosine of a column, of deviation 1.
+
+    Args:
+        period: in units of the column.
+        start: where the angle is 0; near the values, so that it keeps its digits.
+
+    Example:
+        >>> columns = wave_columns(24.0, start=0.0)(jnp.array([0.0, 6.0, 12.0]))
+        >>> print(columns.round(2) + 0.0)
+        [[ 0.    1.41]
+         [ 1.41  0.  ]
+         [ 0.   -1.41]]
+    """
+
+    def columns(column: Array) -> Array:
+        angle = 2 * math.pi * (column - start) / period
+        both = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=1)
+        return math.sqrt(2) * both
+
+    return columns
+
+
+def one_hot_columns(values: np.ndarray) -> Callable[[Array], Array]:
+    """Returns what makes a one-hot row of each number of a column: the nearest value.
+
+    Args:
+        values: [values], sorted.
+
+    Example:
+        >>> one_hot_columns(np.array([1.0, 5.0, 7.0]))(jnp.array([5.0, 1.1, 90.0]))
+        Array([[0., 1., 0.],
+               [1., 0., 0.],
+               [0., 0., 1.]], dtype=float32)
+    """
+    middles = (values[1:] + values[:-1]) / 2
+
+    def columns(column: Array) -> Array:
+        index = jnp.searchsorted(jnp.asarray(middles, column.dtype), column)
+        return jax.nn.one_hot(index, len(values), dtype=column.dtype)
+
+    return columns

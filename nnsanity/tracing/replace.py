@@ -7,6 +7,7 @@ import jax
 
 from nnsanity._types import Array, Params, PyTree
 from nnsanity.tracing.control import Path
+from nnsanity.tracing.expand import Expansion, expanding_writes
 from nnsanity.tracing.layers import Located, Network, inspect
 from nnsanity.tracing.operations import STRUCTURAL
 from nnsanity.tracing.steps import Site
@@ -48,6 +49,7 @@ def replaced(
     *,
     penalty_scale: Array | float = 1.0,
     wider: Widening | None = None,
+    expanded: Expansion | None = None,
 ) -> Callable:
     """Returns a function that runs ``fn`` with other values at some layers.
 
@@ -62,16 +64,28 @@ def replaced(
             to the result; 0 leaves out an L2 penalty inside of the loss.
         wider: a layer that gets more units; the function then takes wide parameters,
             as ``Widening.padded`` makes them.
+        expanded: a column of the inputs that is fed as several, for whose weights the
+            function takes what ``Expansion.padded`` makes.
     """
 
     def run(params: Params, *rest: PyTree) -> PyTree:
+        rows = None
+        if expanded is not None:
+            params, rows = expanded.split(params)
         params, added = (params, {}) if wider is None else wider.split(params)
         network = inspect(fn, params, *rest)
         write: dict[Site, Callable[[Array], Array]] = {}
         inline = set[Path]()
-        found: dict[str, Located] = {}
-        for located, stages in matched(network, blueprint):
-            found[located.layer.name] = located
+        pairs = list(matched(network, blueprint))
+        found = {located.layer.name: located for located, _ in pairs}
+        if expanded is not None and rows is not None and expanded.part.layer in found:
+            # First, since without a bias the sums are what the replacements get.
+            first, position = found[expanded.part.layer], len(jax.tree.leaves(params))
+            for site, function in expanding_writes(
+                first, network, expanded, rows, position=position
+            ):
+                _chain(write, site, function)
+        for located, stages in pairs:
             replacement = replacements.get(located.layer.name)
             if replacement is not None:
                 located = located._replace(stages=stages)

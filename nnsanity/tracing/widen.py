@@ -6,6 +6,7 @@ sums of the layers that read them.  No model is changed, and the tree of the par
 keeps its structure.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ from nnsanity.tracing.geometry import weight_geometry
 from nnsanity.tracing.layers import Located, Network
 from nnsanity.tracing.steps import Site, Steps
 
-_CASTS = frozenset({"convert_element_type", "copy", "copy_p"})
+CASTS = frozenset({"convert_element_type", "copy", "copy_p"})
+"""Operations that keep the numbers of an array and their order."""
 
 
 class Part(NamedTuple):
@@ -35,6 +37,22 @@ class Part(NamedTuple):
     leaf: int
     axis: int
     size: int
+
+    def split(self, leaf: Array) -> tuple[Array, Array]:
+        """Splits a long parameter into the user's own and what was added."""
+        end = leaf.shape[self.axis]
+        return (
+            jax.lax.slice_in_dim(leaf, 0, self.size, axis=self.axis),
+            jax.lax.slice_in_dim(leaf, self.size, end, axis=self.axis),
+        )
+
+    def padded(self, leaf: Array, more: int, draw: Callable[[tuple], Array]) -> Array:
+        """Makes a parameter longer by numbers that ``draw(shape)`` gives."""
+        leaf = jnp.asarray(leaf)
+        shape = list(leaf.shape)
+        shape[self.axis] = more
+        added = draw(tuple(shape)).astype(leaf.dtype)
+        return jnp.concatenate([leaf, added], axis=self.axis)
 
 
 class Widening(NamedTuple):
@@ -60,11 +78,7 @@ class Widening(NamedTuple):
         leaves, structure = jax.tree.flatten(params)
         added = {}
         for part in self.parts:
-            leaf = leaves[part.leaf]
-            leaves[part.leaf] = jax.lax.slice_in_dim(leaf, 0, part.size, axis=part.axis)
-            added[part.layer] = jax.lax.slice_in_dim(
-                leaf, part.size, part.size + self.more, axis=part.axis
-            )
+            leaves[part.leaf], added[part.layer] = part.split(leaves[part.leaf])
         return jax.tree.unflatten(structure, leaves), added
 
     def padded(self, params: Params, draw: Callable[[Part, tuple], Array]) -> Params:
@@ -76,11 +90,8 @@ class Widening(NamedTuple):
         """
         leaves, structure = jax.tree.flatten(params)
         for part in self.parts:
-            leaf = jnp.asarray(leaves[part.leaf])
-            shape = list(leaf.shape)
-            shape[part.axis] = self.more
-            added = draw(part, tuple(shape)).astype(leaf.dtype)
-            leaves[part.leaf] = jnp.concatenate([leaf, added], axis=part.axis)
+            drawn = functools.partial(draw, part)
+            leaves[part.leaf] = part.padded(leaves[part.leaf], self.more, drawn)
         return jax.tree.unflatten(structure, leaves)
 
 
@@ -97,8 +108,8 @@ def widening(network: Network, one: Located, *, more: int) -> Widening | None:
         more: how many units to add.
     """
     readers = list(_readers(network, one))
-    parts = [_part(network, one, of_units=True)]
-    parts += [_part(network, reader, of_units=False) for reader in readers]
+    parts = [part_of(network, one, of_units=True)]
+    parts += [part_of(network, reader, of_units=False) for reader in readers]
     known = [part for part in parts if part is not None]
     leaves = {part.leaf for part in known}
     if not readers or len(leaves) < len(parts) or not _fits(network, one, readers):
@@ -137,7 +148,7 @@ def _fits(network: Network, one: Located, readers: list[Located]) -> bool:
     )
 
 
-def _part(network: Network, one: Located, *, of_units: bool) -> Part | None:
+def part_of(network: Network, one: Located, *, of_units: bool) -> Part | None:
     """Finds the axis of a layer's weight that has to be longer."""
     eqn, steps = one.step.eqn, network.steps
     found = _parameter(steps, _weight(network, one))
@@ -191,7 +202,7 @@ def _parameter(steps: Steps, value: int) -> tuple[int, list[int]] | None:
         if name == "transpose":
             permutation = maker.eqn.params["permutation"]
             order = [permutation[axis] for axis in order]
-        elif name not in _CASTS:
+        elif name not in CASTS:
             return None
         if operand is None:
             return None

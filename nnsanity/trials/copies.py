@@ -172,24 +172,31 @@ def _hidden(copy: Copy, branch_scale: float) -> Replacement:
 
 def network_of(problem: Problem, copy: Copy) -> Callable:
     """Returns ``apply_fn`` as a copy runs it."""
-    return replaced(
-        problem.apply_fn,
-        problem.network,
-        _replacements(problem, copy),
-        wider=problem.wider,
-    )
+    return _changed(problem, copy, problem.apply_fn, penalty_scale=1.0)
 
 
 def quiet_loss_of(problem: Problem, copy: Copy) -> Callable:
     """Returns ``loss_fn`` as a copy runs it."""
     if problem.usual_loss:
         return _usual_loss_of(problem, copy)
+    return _changed(problem, copy, problem.loss_fn, penalty_scale=copy.penalty_scale)
+
+
+def _changed(
+    problem: Problem, copy: Copy, fn: Callable, *, penalty_scale: Array | float
+) -> Callable:
+    """Returns a function of the user as a copy runs it."""
+    expanded = problem.expanded
+    if expanded is not None:
+        ends = (copy.input_shift, copy.input_scale)
+        expanded = expanded.in_units(*(one[expanded.feature] for one in ends))
     return replaced(
-        problem.loss_fn,
+        fn,
         problem.network,
         _replacements(problem, copy),
-        penalty_scale=copy.penalty_scale,
+        penalty_scale=penalty_scale,
         wider=problem.wider,
+        expanded=expanded,
     )
 
 
@@ -208,12 +215,8 @@ def loss_of(problem: Problem, copy: Copy) -> Callable:
     quiet = quiet_loss_of(problem, copy)
     if problem.train_loss_fn is None or problem.usual_loss:
         return lambda params, batch, key: quiet(params, batch)
-    noisy = replaced(
-        problem.train_loss_fn,
-        problem.network,
-        _replacements(problem, copy),
-        penalty_scale=copy.penalty_scale,
-        wider=problem.wider,
+    noisy = _changed(
+        problem, copy, problem.train_loss_fn, penalty_scale=copy.penalty_scale
     )
     return lambda params, batch, key: jax.lax.cond(
         copy.noise,

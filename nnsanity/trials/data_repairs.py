@@ -1,5 +1,7 @@
 """Repairs of the data: columns encoded otherwise, outliers clipped."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,16 +16,25 @@ from nnsanity.quantities.columns import (
     column_codes,
     column_cycle,
     is_code,
+    one_hot_columns,
     wave,
+    wave_columns,
     wraparound,
 )
 from nnsanity.quantities.outliers import outliers
 from nnsanity.quantities.targets import target_columns
+from nnsanity.tracing.expand import Expansion, expandable, reads_inputs
+from nnsanity.tracing.layers import inspect
+from nnsanity.tracing.replace import matched
+from nnsanity.tracing.widen import Part
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.repairs import Repair, standardizing
 
 MAX_COLUMNS = 64
 """Columns of targets, or classes, up to which columns of inputs are looked at."""
+MAX_EXPANDED = 4
+"""Columns that are fed as several, each by a program of its own; what is suspected of
+more of them is tried by one number in their place."""
 MIN_SHARE = 0.3
 """Share of what several columns of targets vary that lies in the one looked at."""
 
@@ -68,7 +79,7 @@ def _clipping(problem: Problem) -> tuple[Repair, ...]:
 def column_suspicions(problem: Problem) -> tuple[Finding, ...]:
     """Says which columns look like names, angles or hours; cheap to ask."""
     found = (_suspected(*column) for column in _columns(problem))
-    return tuple(one[0] for one in found if one is not None)
+    return tuple(one.finding for one in found if one is not None)
 
 
 def _columns(problem: Problem) -> list[tuple[int, np.ndarray, np.ndarray]]:
@@ -81,14 +92,13 @@ def _columns(problem: Problem) -> list[tuple[int, np.ndarray, np.ndarray]]:
     is_table = isinstance(inputs, jax.Array) and inputs.ndim == 2 and not problem.tokens
     if not is_table or problem.kind is None or _num_columns(problem) > MAX_COLUMNS:
         return []
-    table = np.asarray(inputs, np.float64)
+    table = np.asarray(inputs[:, :MAX_FEATURES], np.float64)
     targets = np.asarray(target_columns(problem.targets, problem.kind), np.float64)
     if len(targets) != len(table) or not np.isfinite(targets).all():
         return []
-    features = range(min(table.shape[1], MAX_FEATURES))
     columns = [
         (feature, table[:, feature], _one_column(table[:, feature], targets))
-        for feature in features
+        for feature in range(table.shape[1])
         if np.isfinite(table[:, feature]).all()
     ]
     least = MIN_SHARE * targets.var(axis=0).sum()
@@ -122,51 +132,107 @@ def _one_column(column: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return centred @ direction
 
 
-def _suspected(
-    feature: int, column: np.ndarray, targets: np.ndarray
-) -> tuple[Finding, np.ndarray, str] | None:
-    """Returns the suspicion, the column encoded otherwise, and what it is taken for."""
+class _Column(NamedTuple):
+    """A column that is suspected to be no plain number.
+
+    Attributes:
+        feature: which one.
+        finding: the suspicion.
+        encoded: [examples], what one number can say of it instead.
+        period: of a cycle; None for a code.
+    """
+
+    feature: int
+    finding: Finding
+    encoded: np.ndarray
+    period: float | None
+
+
+def _suspected(feature: int, column: np.ndarray, targets: np.ndarray) -> _Column | None:
+    """Returns the suspicion against a column, if there is one."""
     codes = column_codes(column, targets)
     cyclic = wraparound(jnp.asarray(column), others=jnp.asarray(targets))
     if np.isfinite(cyclic.period) and bool(cyclic.wraps):
-        cycle = wave(column, targets, period=float(cyclic.period))
+        period = float(cyclic.period)
+        cycle = wave(column, targets, period=period)
         if cycle.explained > preprocessing.PERIOD_SHARE:
             finding = preprocessing.wrapping_column(feature, cyclic)
-            return finding, cycle.encoded, "a cycle"
+            return _Column(feature, finding, cycle.encoded, period)
     if codes is not None and is_code(codes):
-        return preprocessing.categorical_code(feature, codes), codes.encoded, "a code"
+        finding = preprocessing.categorical_code(feature, codes)
+        return _Column(feature, finding, codes.encoded, None)
     return None
 
 
 def _column_repairs(problem: Problem) -> tuple[Repair, ...]:
     """Encodes a column otherwise that says more than its numbers do."""
-    repairs = []
+    repairs: list[Repair] = []
     for feature, column, targets in _columns(problem):
-        suspected = _suspected(feature, column, targets)
-        if suspected is None:
+        found = _suspected(feature, column, targets)
+        if found is None:
             cycle = column_cycle(column, targets)
             if not cycle.explained > preprocessing.PERIOD_SHARE:
                 continue
             finding = preprocessing.repeating_column(feature, cycle)
-            suspected = finding, cycle.encoded, "a cycle"
-        finding, encoded, name = suspected
-        repairs.append(_encoded(problem.inputs, feature, encoded, finding, name))
+            found = _Column(feature, finding, cycle.encoded, cycle.period)
+        num_expanded = sum(one.rewrite is not None for one in repairs)
+        part = _first_weight(problem) if num_expanded < MAX_EXPANDED else None
+        if part is None:
+            repairs.append(_in_one_number(problem.inputs, found))
+        else:
+            repairs.append(_expanded(problem, column, found, part))
     return tuple(repairs)
 
 
-def _encoded(
-    inputs: Array, feature: int, encoded: np.ndarray, finding: Finding, name: str
+def _first_weight(problem: Problem) -> Part | None:
+    """Finds the weight that new columns meet, in the network and in its loss."""
+    part = expandable(problem.network)
+    batch = problem.batch(slice(problem.batch_size))
+    network = inspect(problem.loss_fn, problem.params, batch)
+    names = {one.layer.name for one, _ in matched(network, problem.network)}
+    return part if part is not None and part.layer in names else None
+
+
+def _expanded(
+    problem: Problem, column: np.ndarray, found: _Column, part: Part
 ) -> Repair:
-    column = np.asarray(inputs[:, feature], np.float64)
-    # In the column's own scale, so that the encoding is all that changes.
-    scaled = (encoded - encoded.mean()) / max(encoded.std(), 1e-30)
-    scaled = scaled * column.std() + column.mean()
+    """Feeds a code one-hot, or a cycle as its sine and cosine, in its place."""
+    if found.period is None:
+        values = np.unique(column)
+        more, columns = len(values), one_hot_columns(values)
+        name = f"feeding feature {found.feature} one-hot"
+    else:
+        more, columns = 2, wave_columns(found.period, start=column.min())
+        name = f"feeding feature {found.feature} as its sine and cosine"
+    mean = None if reads_inputs(problem.network) else float(column.mean())
+    plan = Expansion(part, found.feature, more, mean, columns)
     return Repair(
-        f"encoding feature {feature} as {name}",
+        name,
+        "columns",
+        lambda copy, key: copy._replace(params=plan.padded(copy.params)),
+        (),
+        found.finding,
+        is_suspected=True,
+        rewrite=lambda one: one._replace(expanded=plan),
+    )
+
+
+def _in_one_number(inputs: Array, found: _Column) -> Repair:
+    """Puts what one number can say of a column in its place.
+
+    The mean target of a code, or a sine with the phase that explains the targets best.
+    """
+    column = np.asarray(inputs[:, found.feature], np.float64)
+    # In the column's own scale, so that the encoding is all that changes.
+    encoded = found.encoded - found.encoded.mean()
+    scaled = encoded / max(encoded.std(), 1e-30) * column.std() + column.mean()
+    words = "the mean target of each value" if found.period is None else "a sine of it"
+    return Repair(
+        f"putting {words} in the place of feature {found.feature}",
         "columns",
         lambda copy, key: copy,
         (),
-        finding,
+        found.finding,
         is_suspected=True,
-        inputs=lambda table: table.at[:, feature].set(scaled.astype(table.dtype)),
+        inputs=lambda table: table.at[:, found.feature].set(scaled.astype(table.dtype)),
     )

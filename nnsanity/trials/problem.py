@@ -11,6 +11,7 @@ import optax
 from nnsanity._tree import inexact_leaves, is_inexact, num_examples, take_examples
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree, TrainLossFn
 from nnsanity.quantities.targets import kind_of_targets
+from nnsanity.tracing.expand import Expansion
 from nnsanity.tracing.layers import Located, Network, inspect
 from nnsanity.tracing.replace import output_layer
 from nnsanity.tracing.widen import Widening
@@ -41,6 +42,7 @@ class Problem(NamedTuple):
         tokens: whether integer inputs are look-up indices.
         groups: the group of each input feature, or None.
         wider: a layer that copies have more units of, or None.
+        expanded: a column of the inputs that copies feed as several, or None.
         usual_loss: whether copies train on the loss that such targets usually go with.
     """
 
@@ -60,6 +62,7 @@ class Problem(NamedTuple):
     tokens: bool
     groups: tuple[int, ...] | None
     wider: Widening | None = None
+    expanded: Expansion | None = None
     usual_loss: bool = False
 
     @property

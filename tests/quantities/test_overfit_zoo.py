@@ -22,7 +22,7 @@ WITHOUT_ANSWERS = {
 """Losses that ask for no given output of each example; a new program is tried."""
 SMOOTHED = (1 - 0.1 + 0.1 / C, *[0.1 / C] * (C - 1))
 BEST_LOSSES = {
-    # Two sequences start alike, and three others; of four tokens each that is asked for.
+    # Two sequences start alike, and three others; each asks for four tokens.
     "gpt": (2 * math.log(2) + 3 * math.log(3)) / (6 * 4),
     "resnet": -sum(share * math.log(share) for share in SMOOTHED),
     "resnet_in_training": -sum(share * math.log(share) for share in SMOOTHED),

@@ -182,6 +182,24 @@ def test_a_column_of_codes():
     assert report.findings[0].where == "inputs, feature 2"
 
 
+@pytest.mark.slow
+def test_a_code_that_changes_what_another_column_means():
+    codes = RNG.integers(0, 20, 1000)
+    inputs = np.column_stack([RNG.normal(size=(1000, 2)), 7.0 * codes])
+    slopes, means = RNG.normal(size=20), RNG.normal(size=20)
+    targets = means[codes] + slopes[codes] * inputs[:, 0]
+    inputs, targets = (one.astype(np.float32) for one in (inputs, targets[:, None]))
+    report = checkup(inputs, targets, num_steps=300, batch_size=64)
+    first = report.findings[0]
+    assert first.rule == "preprocessing/categorical-code"
+    assert first.severity in ("error", "warning")
+    assert "eeding feature 2 one-hot" in first.message
+    # What one number for each code could say at most is its mean.
+    share = np.var(means[codes]) / np.var(targets)
+    repaired = {one.repair: one for one in report.measurements["repairs"]}
+    assert np.median(repaired["feeding feature 2 one-hot"].levels) > share + 0.1
+
+
 def test_a_split_with_another_scaling():
     other = INPUTS[:90] * np.array([1, 1, 100, 1, 1, 1], np.float32)
     report = checkup(INPUTS, NUMBERS, validation=(other, NUMBERS[:90]))

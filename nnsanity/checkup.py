@@ -41,6 +41,7 @@ from nnsanity.trials.levels import FAILED, LEARNED, unit_of
 from nnsanity.trials.measure import (
     constant_loss,
     data_loss,
+    examples_in_words,
     few_examples,
     some_examples,
     training_noise,
@@ -384,8 +385,8 @@ def _summary(problem: Problem, diagnosis: Diagnosis | None, book: _Book) -> str:
     )
     return (
         f"The network {verdict}: {measure} {to_unit(level):.2f} after"
-        f" {diagnosis.num_steps} steps on {problem.size} examples, the mean of those"
-        f" trained on and others.{_errors(book)}"
+        f" {diagnosis.num_steps} steps on {examples_in_words(problem)}, the mean of"
+        f" those trained on and others.{_errors(book)}"
     )
 
 

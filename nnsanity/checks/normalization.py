@@ -249,6 +249,12 @@ def judge_outliers(measured: Outliers, *, name: str = "inputs") -> tuple[Finding
     if not features.size:
         return ()
     worst = int(features[np.argmax(host.share[features])])
+    honest = (
+        " Where they are right, take a loss that grows more slowly (optax.huber_loss)"
+        " or the logarithm of the targets."
+        if name == "targets"
+        else ""
+    )
     return (
         Finding(
             "normalization/outliers",
@@ -264,7 +270,7 @@ def judge_outliers(measured: Outliers, *, name: str = "inputs") -> tuple[Finding
             "Look at these rows: a wrong unit, a missing value written as 9999, a slip"
             f" of the comma. Clip the feature to {number(host.low[worst])} ..."
             f" {number(host.high[worst])}, the range of all others, and take mean and"
-            " deviation after that.",
+            f" deviation after that.{honest}",
         ),
     )
 

@@ -15,11 +15,8 @@ from nnsanity.quantities.columns import Wraparound, wraparound
 from nnsanity.quantities.moments import feature_moments
 from nnsanity.quantities.outliers import outliers
 from nnsanity.trials.data_repairs import column_suspicions
-from nnsanity.trials.measure import some_examples
+from nnsanity.trials.measure import MAX_NUMBERS, some_examples
 from nnsanity.trials.problem import Problem
-
-MAX_NUMBERS = 2**23
-"""Numbers of a table up to which outliers are looked for."""
 
 
 class Examined(NamedTuple):
@@ -94,15 +91,20 @@ def _targets(problem: Problem, limits: Limits) -> Examined:
     outputs = jax.jit(problem.apply_fn)(problem.params, some_examples(problem)[0])
     measured = scales.target_scale(outputs, problem.targets)
     findings = [*normalization.judge_targets(measured, limits=limits)]
-    far = outliers(problem.targets.reshape(problem.size, -1))
-    findings += normalization.judge_outliers(far, name="targets")
-    measurements: dict[str, Any] = {"targets": measured, "outliers of targets": far}
+    measurements: dict[str, Any] = {"targets": measured}
+    skipped: dict[str, str] = {}
+    if problem.targets.size > MAX_NUMBERS:
+        skipped["outliers of targets"] = f"more than {MAX_NUMBERS:,} numbers"
+    else:
+        far = outliers(problem.targets.reshape(problem.size, -1))
+        measurements["outliers of targets"] = far
+        findings += normalization.judge_outliers(far, name="targets")
     circle = circle_of_targets(problem)
     if circle is not None:
         measured_circle, period = circle
         measurements["wraparound of targets"] = measured_circle
         findings.append(preprocessing.wrapping_targets(measured_circle, period))
-    return Examined(tuple(findings), measurements, {})
+    return Examined(tuple(findings), measurements, skipped)
 
 
 def circle_of_targets(problem: Problem) -> tuple[Wraparound, float] | None:

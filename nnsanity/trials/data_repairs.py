@@ -21,12 +21,13 @@ from nnsanity.quantities.columns import (
     wave_columns,
     wraparound,
 )
-from nnsanity.quantities.outliers import outliers
+from nnsanity.quantities.moments import feature_moments
 from nnsanity.quantities.targets import target_columns
 from nnsanity.tracing.expand import Expansion, expandable, reads_inputs
 from nnsanity.tracing.layers import inspect
 from nnsanity.tracing.replace import matched
 from nnsanity.tracing.widen import Part
+from nnsanity.trials.measure import inner_range, outlying_targets
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.repairs import Repair, standardizing
 
@@ -41,7 +42,11 @@ MIN_SHARE = 0.3
 
 def data_repairs(problem: Problem) -> tuple[Repair, ...]:
     """Lists what can be repaired in a problem's data, besides their scale."""
-    return (*_clipping(problem), *_column_repairs(problem))
+    return (
+        *_clipping(problem),
+        *_target_clipping(problem),
+        *_column_repairs(problem),
+    )
 
 
 def _clipping(problem: Problem) -> tuple[Repair, ...]:
@@ -49,20 +54,11 @@ def _clipping(problem: Problem) -> tuple[Repair, ...]:
     inputs = problem.inputs
     if problem.tokens or not isinstance(inputs, jax.Array) or inputs.ndim != 2:
         return ()
-    measured = outliers(inputs)
-    apart = normalization.lies_apart(measured)
-    if not apart.any():
+    found = inner_range(inputs)
+    if found is None:
         return ()
-    low, high = (
-        jnp.where(apart, bound, limit)
-        for bound, limit in ((measured.low, -jnp.inf), (measured.high, jnp.inf))
-    )
-
-    def clip(inputs: Array) -> Array:
-        return jnp.clip(inputs, low, high).astype(inputs.dtype)
-
-    shift, scale = standardizing(problem, clip(inputs))
-    (finding,) = normalization.judge_outliers(measured)
+    shift, scale = standardizing(problem, found.clipped(inputs))
+    (finding,) = normalization.judge_outliers(found.measured)
     return (
         Repair(
             "clipping the outliers and standardizing the inputs",
@@ -71,7 +67,33 @@ def _clipping(problem: Problem) -> tuple[Repair, ...]:
             ("normalization/outliers",),
             finding,
             is_suspected=True,
-            inputs=clip,
+            inputs=found.clipped,
+        ),
+    )
+
+
+def _target_clipping(problem: Problem) -> tuple[Repair, ...]:
+    """Clips the targets that a few rows have a hold on, and standardizes them.
+
+    What it changes is told by all other examples: those with outlying targets do not
+    count, neither in the original nor in any copy.
+    """
+    found = inner_range(problem.targets) if problem.kind == "numbers" else None
+    if found is None or not outlying_targets(problem, problem.targets).any():
+        return ()
+    moments = feature_moments(found.clipped(problem.targets))
+    (finding,) = normalization.judge_outliers(found.measured, name="targets")
+    return (
+        Repair(
+            "clipping the outliers and standardizing the targets",
+            "targets",
+            lambda copy, key: copy._replace(
+                target_shift=moments.mean, target_scale=moments.scale
+            ),
+            (),
+            finding,
+            is_suspected=True,
+            targets=found.clipped,
         ),
     )
 

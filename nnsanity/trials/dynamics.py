@@ -49,7 +49,9 @@ def measure_dynamics(problem: Problem, batch: tuple[PyTree, PyTree]) -> Dynamics
         for name, measure in _measures(problem, batch).items()
     }
     measurements = {name: one for name, one in measurements.items() if one is not None}
-    findings = batch_size.judge_rest(problem.batch_size, problem.size)
+    findings = batch_size.judge_rest(
+        problem.given.batch_size, problem.given.num_examples
+    )
     if "outlier_examples" in measurements:
         outliers, count = measurements["outlier_examples"], num_examples(batch)
         findings += learning_rate.judge_outliers(outliers, count)

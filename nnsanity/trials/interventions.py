@@ -35,7 +35,7 @@ from nnsanity.trials.trial import (
     mid_descent,
     prepare,
     train_copies,
-    with_inputs,
+    with_data,
 )
 
 NUM_SEEDS = 3
@@ -248,10 +248,11 @@ def _arm(lab: _Lab, repairs: tuple[Repair, ...], outcomes: Sequence[Outcome]) ->
 def _train(lab: _Lab, repairs: Sequence[Repair], seeds: slice) -> Arm:
     """Trains the program with some repairs, from some of the seeds."""
     trial = _trial_of(lab, repairs)
-    inputs = lab.problem.inputs
+    inputs, targets = lab.problem.inputs, lab.problem.targets
     for repair in repairs:
         inputs = inputs if repair.inputs is None else repair.inputs(inputs)
-    trial = with_inputs(trial, inputs)
+        targets = targets if repair.targets is None else repair.targets(targets)
+    trial = with_data(trial, (inputs, targets))
     copies = []
     for key in lab.keys[seeds]:
         copy: Copy = trial.plain

@@ -22,6 +22,18 @@ MAX_EXAMPLES = 50_000
 """Most examples that a checkup looks at; it draws them where there are more."""
 
 
+class Given(NamedTuple):
+    """What the user gave, before a checkup took as much of it as it looks at.
+
+    Attributes:
+        num_examples: of the data.
+        batch_size: in one step.
+    """
+
+    num_examples: int
+    batch_size: int
+
+
 class Problem(NamedTuple):
     """A training program, as the checks want to see it.
 
@@ -41,6 +53,7 @@ class Problem(NamedTuple):
         kind: how targets and outputs belong together, or None.
         tokens: whether integer inputs are look-up indices.
         groups: the group of each input feature, or None.
+        given: how many examples the user has, and in one step.
         wider: a layer that copies have more units of, or None.
         expanded: a column of the inputs that copies feed as several, or None.
         usual_loss: whether copies train on the loss that such targets usually go with.
@@ -61,6 +74,7 @@ class Problem(NamedTuple):
     kind: str | None
     tokens: bool
     groups: tuple[int, ...] | None
+    given: Given
     wider: Widening | None = None
     expanded: Expansion | None = None
     usual_loss: bool = False
@@ -120,6 +134,7 @@ def checked_problem(
     held_out = None if validation is None else _checked_pair(validation, "validation")
     if held_out is not None:
         _check_alike((inputs, targets), held_out)
+    given = Given(size, batch_size)
     if size > MAX_EXAMPLES:
         rows = jax.random.permutation(key, size)[:MAX_EXAMPLES]
         inputs, targets = take_examples((inputs, targets), np.asarray(rows))
@@ -148,6 +163,7 @@ def checked_problem(
         kind_of_targets(outputs, targets),
         first == "embedding",
         None if groups is None else tuple(int(group) for group in groups),
+        given,
     )
 
 

@@ -46,6 +46,8 @@ class Repair(NamedTuple):
             with shapes or functions of its own; None where it differs in numbers alone.
         inputs: ``inputs(inputs) -> inputs``, what to train on in their place, of the
             same shapes; or None.
+        targets: the same of the targets, which have to stay as they are on all examples
+            that count where copies are compared; or None.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Repair(NamedTuple):
     is_suspected: bool = False
     rewrite: Callable[[Problem], Problem] | None = None
     inputs: Callable[[Array], Array] | None = None
+    targets: Callable[[Array], Array] | None = None
 
 
 def available_repairs(problem: Problem) -> tuple[Repair, ...]:

@@ -22,6 +22,7 @@ from nnsanity.trials.copies import (
     prepared,
     quiet_loss_of,
 )
+from nnsanity.trials.measure import outlying_targets
 from nnsanity.trials.problem import Problem
 
 HELD_OUT_SHARE = 0.2
@@ -80,7 +81,8 @@ def prepare(problem: Problem, key: Array, *, num_steps: int, batch_size: int) ->
     """Builds the trial of a problem; compiles nothing yet.
 
     A fifth of the data is held out to tell learning from memorizing, where there are
-    enough examples.
+    enough examples.  What is evaluated leaves out a few examples whose targets lie far
+    outside of all others, of every copy alike.
 
     Args:
         problem: with an optimizer.
@@ -92,20 +94,29 @@ def prepare(problem: Problem, key: Array, *, num_steps: int, batch_size: int) ->
     batch_size = min(batch_size, len(seen))
     marks = min(NUM_MARKS, num_steps)
     per_mark = num_steps // marks
-    rows = (seen, seen[:MAX_EVALUATED], held_out[:MAX_EVALUATED])
+    counts = ~outlying_targets(problem, problem.targets)
+    rows = (seen, *(some[counts[some]][:MAX_EVALUATED] for some in (seen, held_out)))
     train = functools.partial(
         jax.jit(functools.partial(_train, problem, batch_size, marks, per_mark)),
         problem.batch(slice(None)),
-        take_examples(problem.validation, slice(MAX_EVALUATED)),
+        _validation(problem),
         rows,
     )
     return Trial(train, plain(problem), marks * per_mark, per_mark, batch_size)
 
 
-def with_inputs(trial: Trial, inputs: PyTree) -> Trial:
-    """Returns the trial on other inputs of the same shapes; compiles nothing anew."""
-    (_, targets), *rest = trial.train.args
-    train = functools.partial(trial.train.func, (inputs, targets), *rest)
+def _validation(problem: Problem) -> tuple[PyTree, PyTree] | None:
+    """Returns the validation data that are evaluated."""
+    if problem.validation is None:
+        return None
+    counts = ~outlying_targets(problem, problem.validation[1])
+    return take_examples(problem.validation, np.flatnonzero(counts)[:MAX_EVALUATED])
+
+
+def with_data(trial: Trial, data: tuple[PyTree, PyTree]) -> Trial:
+    """Returns the trial on other data of the same shapes; compiles nothing anew."""
+    _, *rest = trial.train.args
+    train = functools.partial(trial.train.func, data, *rest)
     return trial._replace(train=train)
 
 

@@ -262,6 +262,16 @@ def test_all_of_more_examples_than_are_looked_at(monkeypatch):
     assert "trial" in report.skipped
 
 
+def test_what_is_said_of_the_data_is_said_of_all_of_them(monkeypatch):
+    monkeypatch.setattr("nnsanity.trials.problem.MAX_EXAMPLES", 20)
+    report = trained(batch_size=16)
+    assert "on 20 of the 40 examples," in report.summary
+    (rest,) = (one for one in report.findings if one.rule == "batch-size/not-divisible")
+    assert rest.message == "The 40 examples leave a last batch of 8."
+    whole = trained(batch_size=40)
+    assert "batch-size/not-divisible" not in rules(whole)
+
+
 class Pair(NamedTuple):
     inputs: np.ndarray
     targets: np.ndarray

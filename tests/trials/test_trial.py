@@ -12,7 +12,7 @@ from nnsanity.trials.trial import (
     mid_descent,
     prepare,
     train_copies,
-    with_inputs,
+    with_data,
 )
 
 RNG = np.random.default_rng(0)
@@ -169,7 +169,7 @@ def test_a_repaired_copy_trains_as_the_repaired_program(name):
 
 
 def test_other_inputs_and_parameters_compile_nothing_anew():
-    trial = with_inputs(TRIALS["sgd"], jnp.asarray(MOVED_INPUTS))
+    trial = with_data(TRIALS["sgd"], (jnp.asarray(MOVED_INPUTS), TARGETS))
     outcome = trial.train(QUIET, KEY)
     data = MOVED_INPUTS, TARGETS
     assert_trains_alike(outcome, *by_hand(LOSS_FN, data, OPTIMIZERS["sgd"]))
@@ -284,7 +284,7 @@ def test_several_copies_are_traced_once():
     train_copies(trial, copies[:1])
     before = dict(num_traces)
     outcomes = train_copies(trial, copies)
-    train_copies(with_inputs(trial, jnp.asarray(MOVED_INPUTS)), copies)
+    train_copies(with_data(trial, (jnp.asarray(MOVED_INPUTS), TARGETS)), copies)
     assert num_traces == before
     assert before["loss_fn"] > 0
     assert len({float(one.losses[-1]) for one in outcomes}) == len(copies)

@@ -1,10 +1,80 @@
 """Names of leaves, and reductions that leave a sharded array where it is."""
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nnsanity._types import Array, PyTree
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def takes_numbers(
+    function: Callable[_Arguments, _Result],
+) -> Callable[_Arguments, _Result]:
+    """Lets a public function raise a TypeError that names the argument.
+
+    Where an array in it holds words, dates or objects, as ragged lists do, where a
+    dictionary in it has keys that can't be sorted, which JAX asks for, and where
+    ``key`` is no PRNG key.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        # Too many arguments, or too few, are the function's own to tell.
+        for name, argument in zip(signature.parameters, args, strict=False):
+            _check_numbers(f"{function.__name__}: {name}", argument)
+        for name, argument in kwargs.items():
+            if name == "key":
+                check_key(function.__name__, argument)
+            _check_numbers(f"{function.__name__}: {name}", argument)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def check_key(name: str, key: object) -> None:
+    """Raises where a key is none.
+
+    Args:
+        name: of the public function, for the message.
+        key: what the user gave for it.
+    """
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    is_new = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    is_old = dtype == jnp.uint32 and shape in ((2,), (4,))
+    if not (is_new and shape == ()) and not is_old:
+        raise TypeError(
+            f"{name}: key must be a PRNG key such as jax.random.key(0), got {key!r}"
+        )
+
+
+def _check_numbers(name: str, argument: PyTree) -> None:
+    if isinstance(argument, str):
+        return  # an option
+    try:
+        leaves = jax.tree.leaves(argument)
+    except ValueError as error:
+        raise TypeError(
+            f"{name} holds a dictionary with keys of several types, which JAX can't"
+            " sort; name them all by strings, or all by numbers"
+        ) from error
+    for leaf in leaves:
+        dtype = getattr(leaf, "dtype", None)
+        is_array = isinstance(dtype, np.dtype) and dtype.kind in "OSUmM"
+        if is_array or isinstance(leaf, str | bytes):
+            got = f"dtype {dtype}" if is_array else repr(leaf)
+            raise TypeError(
+                f"{name} must hold numbers, got {got}; encode words and dates as"
+                " numbers, and cut ragged lists to one length"
+            )
 
 
 def leaf_names(tree: PyTree) -> tuple[str, ...]:

@@ -311,3 +311,81 @@ def test_sharded_over_the_batch_equals_unsharded():
     assert sharded[2] == 64
     assert reduces
     assert not gathers
+
+
+WORDS = np.array(["cat", "dog"] * 20)
+RAGGED = np.array([[1], [1, 2]] * 20, object)
+ADAM = optax.adam(1e-3)
+ASKED_FOR_NUMBERS = {
+    "feature_moments: values": ns.feature_moments,
+    "z_scores: values": lambda given: ns.z_scores(given, MOMENTS),
+    "normalize: values": lambda given: ns.normalize(given, MOMENTS),
+    "denormalize: values": lambda given: ns.denormalize(given, MOMENTS),
+    "normalization: inputs": ns.normalization,
+    "target_scale: targets": lambda given: ns.target_scale(INPUTS, given),
+    "outliers: values": ns.outliers,
+    "constant_baseline: targets": lambda given: ns.constant_baseline(INPUTS, given),
+    "worst_examples: batch": lambda given: ns.worst_examples(
+        pair_loss_fn, PARAMS, (INPUTS, given)
+    ),
+    "input_dependence: batch": lambda given: ns.input_dependence(
+        pair_loss_fn, PARAMS, (INPUTS, given), key=KEY
+    ),
+    "example_independence: inputs": lambda given: ns.example_independence(
+        apply_fn, PARAMS, given
+    ),
+    "overfit_batch: batch": lambda given: ns.overfit_batch(
+        pair_loss_fn, PARAMS, (INPUTS, given), ADAM, key=KEY
+    ),
+    "first_nonfinite: batch": lambda given: ns.first_nonfinite(
+        pair_loss_fn, PARAMS, (INPUTS, given)
+    ),
+    "roundtrip_error: values": lambda given: ns.roundtrip_error(abs, abs, given),
+    "continuity: targets": lambda given: ns.continuity(INPUTS, given, key=KEY),
+    "wraparound: others": lambda given: ns.wraparound(INPUTS, others=given),
+    "duplicates: targets": lambda given: ns.duplicates(INPUTS, given),
+    "invariance: inputs": lambda given: ns.invariance(abs, abs, given),
+}
+
+
+@pytest.mark.parametrize("name", ASKED_FOR_NUMBERS)
+def test_words_and_ragged_lists_are_refused_by_name(name):
+    for given, dtype in ((WORDS, "<U3"), (RAGGED, "object")):
+        with pytest.raises(TypeError, match=f"^{name} must hold .* dtype {dtype}"):
+            ASKED_FOR_NUMBERS[name](given)
+
+
+def test_keys_of_several_types_are_refused_by_name():
+    network = lambda p, x: x @ p[0] + p["bias"]  # noqa: E731
+    loss_fn = lambda p, batch: jnp.mean((network(p, batch[0]) - batch[1]) ** 2)  # noqa: E731
+    mixed, batch = {0: jnp.ones((3, 1)), "bias": 0.0}, (INPUTS, INPUTS[:, :1])
+    for name, function in {
+        "overfit_batch": lambda: ns.overfit_batch(loss_fn, mixed, batch, ADAM, key=KEY),
+        "worst_examples": lambda: ns.worst_examples(loss_fn, mixed, batch),
+        "example_independence": lambda: ns.example_independence(network, mixed, INPUTS),
+    }.items():
+        with pytest.raises(TypeError, match=f"^{name}: params holds .* several types"):
+            function()
+
+
+def test_a_number_is_no_key():
+    for function in (
+        lambda key: ns.continuity(INPUTS, INPUTS, key=key),
+        lambda key: ns.overfit_batch(
+            pair_loss_fn, PARAMS, (INPUTS, INPUTS), ADAM, key=key
+        ),
+        lambda key: ns.input_dependence(
+            pair_loss_fn, PARAMS, (INPUTS, INPUTS), key=key
+        ),
+    ):
+        with pytest.raises(TypeError, match=r"key must be a PRNG key .*, got 0"):
+            function(0)
+        jax.eval_shape(function, jax.random.PRNGKey(0))
+
+
+def test_keys_that_are_numbers_are_fine():
+    network = lambda p, x: x @ p[0] + p[1]  # noqa: E731
+    params = {0: jnp.ones((3, 1)), 1: jnp.zeros(1)}
+    assert ns.leaf_names(params) == ("0", "1")
+    (layer,) = ns.layers(network, params, INPUTS)
+    assert layer.units == 1

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nnsanity._tree import in_float32
+from nnsanity._tree import in_float32, takes_numbers
 from nnsanity._types import Array
 from nnsanity.findings import Finding, listed, number
 from nnsanity.quantities.columns import CODE_ORDER, Codes, Cycle, Wraparound
@@ -51,6 +51,7 @@ class Duplicates(NamedTuple):
     mean_copies: Array
 
 
+@takes_numbers
 @jax.jit
 def duplicates(inputs: Array, targets: Array) -> Duplicates:
     """Measures how much the targets of equal inputs differ.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnsanity._tree import in_float32
+from nnsanity._tree import in_float32, takes_numbers
 from nnsanity._types import Array
 from nnsanity.quantities.moments import feature_moments, z_scores
 
@@ -193,6 +193,7 @@ class Wraparound(NamedTuple):
         return is_one_place & (self.filled > 0.25)
 
 
+@takes_numbers
 @jax.jit
 def wraparound(values: Array, *, others: Array | None = None) -> Wraparound:
     """Asks whether both ends of a bounded range are one place, as of angles and hours.

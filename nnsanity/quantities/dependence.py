@@ -12,6 +12,7 @@ from nnsanity._tree import (
     is_inexact,
     num_examples,
     take_examples,
+    takes_numbers,
 )
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree
 from nnsanity.quantities.descent import check_loss
@@ -35,6 +36,7 @@ class InputDependence(NamedTuple):
     z_score: Array
 
 
+@takes_numbers
 def input_dependence(
     loss_fn: LossFn,
     params: Params,
@@ -122,6 +124,7 @@ class ExampleIndependence(NamedTuple):
     mixing: Array
 
 
+@takes_numbers
 def example_independence(
     apply_fn: ApplyFn, params: Params, inputs: PyTree
 ) -> ExampleIndependence:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnsanity._tree import in_float32, num_examples
+from nnsanity._tree import in_float32, num_examples, takes_numbers
 from nnsanity._types import Array, LossFn, Params, PyTree
 from nnsanity.quantities.descent import check_loss, described
 from nnsanity.quantities.moments import Moments, denormalize
@@ -40,6 +40,7 @@ class ConstantBaseline(NamedTuple):
     constant: Array
 
 
+@takes_numbers
 @jax.jit
 def constant_baseline(
     outputs: Array, targets: Array, *, moments: Moments | None = None
@@ -145,6 +146,7 @@ class WorstExamples(NamedTuple):
     share: Array
 
 
+@takes_numbers
 def worst_examples(
     loss_fn: LossFn, params: Params, batch: PyTree, *, num_worst: int = 10
 ) -> WorstExamples:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnsanity._tree import in_float32, is_inexact
+from nnsanity._tree import in_float32, is_inexact, takes_numbers
 from nnsanity._types import Array
 
 _CONSTANT = 1e-6
@@ -53,6 +53,7 @@ class Moments(NamedTuple):
         return jnp.where(self.is_constant, 1, self.deviation)
 
 
+@takes_numbers
 def feature_moments(values: Array, *, axis_name: str | None = None) -> Moments:
     """Measures mean, deviation and range of every feature.
 
@@ -197,6 +198,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     )
 
 
+@takes_numbers
 def z_scores(values: Array, moments: Moments) -> Array:
     """Subtracts the mean and divides by the deviation, feature by feature.
 
@@ -219,6 +221,7 @@ def z_scores(values: Array, moments: Moments) -> Array:
     return (in_float32(values) - moments.mean) / moments.scale
 
 
+@takes_numbers
 def normalize(values: Array, moments: Moments) -> Array:
     """Brings values to mean 0 and deviation 1, in their own dtype.
 
@@ -246,6 +249,7 @@ def normalize(values: Array, moments: Moments) -> Array:
     return _like(values, z_scores(values, moments))
 
 
+@takes_numbers
 def denormalize(values: Array, moments: Moments) -> Array:
     """Undoes ``normalize``: from deviations back to the unit of the data.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnsanity._tree import in_float32
+from nnsanity._tree import in_float32, takes_numbers
 from nnsanity._types import Array
 from nnsanity.quantities.moments import feature_moments, z_scores
 
@@ -52,6 +52,7 @@ class Continuity(NamedTuple):
     num_asked: Array
 
 
+@takes_numbers
 def continuity(
     inputs: Array,
     targets: Array,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnsanity._tree import in_float32
+from nnsanity._tree import in_float32, takes_numbers
 from nnsanity._types import Array
 
 FAR = 6.0
@@ -42,6 +42,7 @@ class Outliers(NamedTuple):
     farthest: Array
 
 
+@takes_numbers
 @jax.jit
 def outliers(values: Array) -> Outliers:
     """Finds a few values that lie apart from all others of their feature.

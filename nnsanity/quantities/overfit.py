@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nnsanity._tree import num_examples, take_examples
+from nnsanity._tree import num_examples, take_examples, takes_numbers
 from nnsanity._types import Array, LossFn, Params, PyTree
 from nnsanity.quantities.descent import check_loss, scaled_losses
 
@@ -48,6 +48,7 @@ class Overfit(NamedTuple):
     losses: Array
 
 
+@takes_numbers
 def overfit_batch(
     loss_fn: LossFn,
     params: Params,

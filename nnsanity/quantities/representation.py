@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nnsanity._tree import in_float32
+from nnsanity._tree import in_float32, takes_numbers
 from nnsanity._types import Array, PyTree
 from nnsanity.quantities.moments import feature_moments
 
@@ -28,6 +28,7 @@ class RoundtripError(NamedTuple):
     nonfinite: Array
 
 
+@takes_numbers
 def roundtrip_error(
     forward: Callable[[PyTree], PyTree],
     inverse: Callable[[PyTree], PyTree],
@@ -110,6 +111,7 @@ class Invariance(NamedTuple):
     strangers: Array
 
 
+@takes_numbers
 def invariance(
     encode: Callable[[PyTree], PyTree],
     transform: Callable[[PyTree], PyTree],

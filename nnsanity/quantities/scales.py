@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nnsanity._tree import takes_numbers
 from nnsanity._types import Array
 from nnsanity.quantities.moments import Moments, feature_moments, pooled_moments
 
@@ -31,6 +32,7 @@ class Normalization(NamedTuple):
     scale_disparity: Array
 
 
+@takes_numbers
 def normalization(
     inputs: Array, *, groups: Sequence[int] | None = None
 ) -> Normalization:
@@ -97,6 +99,7 @@ class TargetScale(NamedTuple):
     ratio: Array
 
 
+@takes_numbers
 @jax.jit
 def target_scale(outputs: Array, targets: Array) -> TargetScale:
     """Measures how large targets are for an untrained network.

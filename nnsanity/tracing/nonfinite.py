@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnsanity._tree import is_inexact, leaf_names
+from nnsanity._tree import is_inexact, leaf_names, takes_numbers
 from nnsanity._types import Array, LossFn, Params, PyTree
 from nnsanity.tracing import compat
 from nnsanity.tracing.layers import inspect
@@ -90,6 +90,7 @@ class FirstNonfinite(NamedTuple):
         return _birth(self)
 
 
+@takes_numbers
 def first_nonfinite(loss_fn: LossFn, params: Params, batch: PyTree) -> FirstNonfinite:
     """Finds where the first NaN or infinity of a training step is born.
 

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nnsanity._tree import inexact_leaves, is_inexact, num_examples, take_examples
+from nnsanity._tree import (
+    check_key,
+    inexact_leaves,
+    is_inexact,
+    num_examples,
+    take_examples,
+)
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree, TrainLossFn
 from nnsanity.quantities.targets import kind_of_targets
 from nnsanity.tracing.expand import Expansion
@@ -110,7 +116,7 @@ def checked_problem(
         ValueError: if arguments do not fit each other.
     """
     _check_functions(apply_fn, loss_fn, train_loss_fn)
-    _check_key(key)
+    check_key("checkup", key)
     _check_optimizer(optimizer)
     if not inexact_leaves(params):
         raise ValueError(
@@ -176,18 +182,6 @@ def _check_functions(
             name == "train_loss_fn" and function is None
         ):
             raise TypeError(f"checkup: {name} must be callable, got {function!r}")
-
-
-def _check_key(key: Array) -> None:
-    dtype = getattr(key, "dtype", None)
-    shape = getattr(key, "shape", None)
-    is_new = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (is_new and shape == ()) and not (
-        dtype == jnp.uint32 and shape in ((2,), (4,))
-    ):
-        raise TypeError(
-            f"checkup: key must be a PRNG key such as jax.random.key(0), got {key!r}"
-        )
 
 
 def _check_optimizer(optimizer: object) -> None:

@@ -217,8 +217,8 @@ def test_updated_in_a_scan():
 @pytest.mark.parametrize(
     ("values", "error", "words"),
     [
-        (np.array(["a", "b"]), TypeError, "must be numbers"),
-        (np.array([None, 1.0]), TypeError, "must be numbers"),
+        (np.array(["a", "b"]), TypeError, "must hold numbers"),
+        (np.array([None, 1.0]), TypeError, "must hold numbers"),
         (jnp.float32(3), ValueError, r"got shape \(\)"),
         (jnp.zeros((0, 3)), ValueError, r"got shape \(0, 3\)"),
         (jnp.zeros((3, 0)), ValueError, r"got shape \(3, 0\)"),

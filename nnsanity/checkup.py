@@ -41,12 +41,12 @@ from nnsanity.trials.levels import FAILED, LEARNED, unit_of
 from nnsanity.trials.measure import (
     constant_loss,
     data_loss,
-    examples_in_words,
     few_examples,
     some_examples,
     training_noise,
     wants_other_units,
 )
+from nnsanity.trials.outlying import examples_in_words
 from nnsanity.trials.problem import BATCH_SIZE, Problem, checked_problem
 from nnsanity.trials.trial import prepare
 from nnsanity.trials.verdicts import judge_outcomes, without_blame

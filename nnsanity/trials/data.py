@@ -15,7 +15,8 @@ from nnsanity.quantities.columns import Wraparound, wraparound
 from nnsanity.quantities.moments import feature_moments
 from nnsanity.quantities.outliers import outliers
 from nnsanity.trials.data_repairs import column_suspicions
-from nnsanity.trials.measure import MAX_NUMBERS, some_examples
+from nnsanity.trials.measure import some_examples
+from nnsanity.trials.outlying import MAX_NUMBERS
 from nnsanity.trials.problem import Problem
 
 

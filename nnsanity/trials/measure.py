@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnsanity._tree import in_float32, num_examples
+from nnsanity._tree import in_float32
 from nnsanity._types import Array, Params, PyTree
-from nnsanity.checks import normalization
-from nnsanity.quantities.outliers import Outliers, outliers
 from nnsanity.quantities.targets import (
     constant_outputs,
     outputs_in_units,
@@ -25,11 +23,6 @@ MAX_MEASURED = 1000
 MIN_MEASURED, MAX_OUTPUTS = 8, 2**21
 """Fewest of them, and how many numbers their outputs may have, where several outputs
 are compared with each other."""
-MAX_NUMBERS = 2**23
-"""Numbers of a table up to which outliers are looked for."""
-MOST_LEFT_OUT = 0.1
-"""Share of the examples from which on outlying ones are no exception; one column has
-one in a hundred at most."""
 
 
 def some_examples(problem: Problem) -> tuple[PyTree, PyTree]:
@@ -44,76 +37,6 @@ def few_examples(problem: Problem) -> tuple[PyTree, PyTree]:
     numbers = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(outputs))
     count = max(MIN_MEASURED, MAX_OUTPUTS // max(numbers, 1))
     return problem.batch(slice(min(MAX_MEASURED, count)))
-
-
-class InnerRange(NamedTuple):
-    """The range of a table without a few rows that decide its deviation.
-
-    Attributes:
-        measured: the outliers, feature by feature.
-        low: [features], smallest of all other values; -inf where there are none.
-        high: [features], their largest.
-    """
-
-    measured: Outliers
-    low: Array
-    high: Array
-
-    def clipped(self, values: Array) -> Array:
-        """Clips values of [examples, ..., features]."""
-        rows = values.reshape(len(values), -1)
-        clipped = jnp.clip(rows, self.low, self.high)
-        return clipped.reshape(values.shape).astype(values.dtype)
-
-
-def inner_range(values: Array) -> InnerRange | None:
-    """Finds a few rows that lie apart; None where there are none, or it is too large.
-
-    Args:
-        values: [examples, ...].
-    """
-    if values.size > MAX_NUMBERS:
-        return None
-    measured = outliers(values.reshape(len(values), -1))
-    apart = normalization.lies_apart(measured)
-    if not apart.any():
-        return None
-    return InnerRange(
-        measured,
-        jnp.where(apart, measured.low, -jnp.inf),
-        jnp.where(apart, measured.high, jnp.inf),
-    )
-
-
-def outlying_targets(problem: Problem, targets: PyTree) -> np.ndarray:
-    """Tells which examples have targets far outside of those of all others.
-
-    They decide what a network explains of the targets' variance, whatever it learned of
-    the others, so that they do not count where trainings are compared.
-
-    Args:
-        problem: in whose targets the outliers are found.
-        targets: its own, or those of a validation set.
-
-    Returns:
-        bool[examples]; none where it would be most of them.
-    """
-    found = inner_range(problem.targets) if problem.kind == "numbers" else None
-    if found is None:
-        leaves = jax.tree.leaves(targets)
-        return np.zeros(num_examples(leaves) if leaves else problem.size, bool)
-    rows = jnp.reshape(targets, (len(targets), -1))
-    lies_out = np.asarray(jnp.any((rows < found.low) | (rows > found.high), axis=1))
-    return lies_out & (lies_out.mean() < MOST_LEFT_OUT)
-
-
-def examples_in_words(problem: Problem) -> str:
-    """Says how many examples a trial is about."""
-    size, num_given = problem.size, problem.given.num_examples
-    words = f"{size:,} of the {num_given:,}" if size < num_given else f"{size}"
-    left_out = int(outlying_targets(problem, problem.targets).sum())
-    rest = f" ({left_out} with outlying targets do not count)" if left_out else ""
-    return f"{words} examples{rest}"
 
 
 class TrainingNoise(NamedTuple):

@@ -22,7 +22,7 @@ from nnsanity.trials.copies import (
     prepared,
     quiet_loss_of,
 )
-from nnsanity.trials.measure import outlying_targets
+from nnsanity.trials.outlying import outlying_targets
 from nnsanity.trials.problem import Problem
 
 HELD_OUT_SHARE = 0.2
@@ -81,8 +81,7 @@ def prepare(problem: Problem, key: Array, *, num_steps: int, batch_size: int) ->
     """Builds the trial of a problem; compiles nothing yet.
 
     A fifth of the data is held out to tell learning from memorizing, where there are
-    enough examples.  What is evaluated leaves out a few examples whose targets lie far
-    outside of all others, of every copy alike.
+    enough examples.  Examples whose targets look like slips are evaluated in no copy.
 
     Args:
         problem: with an optimizer.

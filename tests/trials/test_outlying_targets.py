@@ -8,7 +8,12 @@ import pytest
 from nnsanity.quantities.targets import quality
 from nnsanity.trials.copies import OFF
 from nnsanity.trials.data_repairs import data_repairs
-from nnsanity.trials.measure import examples_in_words, inner_range, outlying_targets
+from nnsanity.trials.outlying import (
+    examples_in_words,
+    inner_range,
+    outlying_targets,
+    range_of_targets,
+)
 from nnsanity.trials.trial import with_data
 from tests.trials.test_data import INPUTS, NUMBERS, checkup, loud, rules
 from tests.trials.test_trial import KEY, problem_of, trial_of
@@ -105,6 +110,22 @@ def test_targets_without_outliers_all_count():
     assert examples_in_words(problem) == "119 examples"
 
 
+def test_rare_events_that_the_inputs_tell_of_count():
+    rng = np.random.default_rng(3)
+    inputs = rng.normal(size=(400, 3)).astype(np.float32)
+    targets = np.tanh(inputs @ [1, -1, 0.5])[:, None].astype(np.float32)
+    targets[BROKEN] += 100
+    slips = problem_of(data=(inputs, targets))
+    assert np.flatnonzero(outlying_targets(slips, slips.targets)).tolist() == BROKEN
+    inputs[:, 2] = 0
+    inputs[BROKEN, 2] = 1
+    events = problem_of(data=(inputs, targets))
+    assert inner_range(events.targets) is not None
+    assert range_of_targets(events) is None
+    assert examples_in_words(events) == "400 examples"
+    assert data_repairs(events) == ()
+
+
 def test_outliers_in_most_rows_are_no_exception():
     rng = np.random.default_rng(2)
     many = rng.normal(size=(400, 120)).astype(np.float32)
@@ -124,7 +145,7 @@ def test_outliers_in_most_rows_are_no_exception():
 
 
 def test_larger_tables_are_not_looked_at(monkeypatch):
-    monkeypatch.setattr("nnsanity.trials.measure.MAX_NUMBERS", 100)
+    monkeypatch.setattr("nnsanity.trials.outlying.MAX_NUMBERS", 100)
     monkeypatch.setattr("nnsanity.trials.data.MAX_NUMBERS", 100)
     assert inner_range(jnp.asarray(DATA_TARGETS)) is None
     report = checkup(INPUTS, with_outliers(NUMBERS), optimizer=None)

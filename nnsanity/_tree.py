@@ -57,8 +57,8 @@ def check_key(name: str, key: object) -> None:
 
 
 def _check_numbers(name: str, argument: PyTree) -> None:
-    if isinstance(argument, str):
-        return  # an option
+    if isinstance(argument, str) or callable(argument):
+        return  # an option; or a function, which may be a tree with words in it
     try:
         leaves = jax.tree.leaves(argument)
     except ValueError as error:

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import chex
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -366,6 +367,14 @@ def test_keys_of_several_types_are_refused_by_name():
     }.items():
         with pytest.raises(TypeError, match=f"^{name}: params holds .* several types"):
             function()
+
+
+def test_a_function_may_be_a_tree_with_words_in_it():
+    loss_fn = equinox.filter_jit(pair_loss_fn)
+    assert jax.tree.leaves(loss_fn) == ["pair_loss_fn"]
+    found = ns.worst_examples(loss_fn, PARAMS, (INPUTS, INPUTS[:, 0]))
+    expected = ns.worst_examples(pair_loss_fn, PARAMS, (INPUTS, INPUTS[:, 0]))
+    assert_equal(found, expected)
 
 
 def test_a_number_is_no_key():

@@ -23,7 +23,8 @@ def batch_repairs(
             the one to try.
     """
     noisy = suspected.get(batch_size.TOO_LARGE)
-    if noisy is None and not batch_size.suspected(problem.batch_size, problem.size):
+    given = problem.given
+    if noisy is None and not batch_size.suspected(given.batch_size, given.num_examples):
         return ()
     size = batch_size.USUAL if noisy is None else int(noisy.limit)
     return (
@@ -32,7 +33,7 @@ def batch_repairs(
             "batch",
             lambda copy, key: copy,
             () if noisy is None else (batch_size.TOO_LARGE,),
-            noisy or batch_size.wrong_size(problem.batch_size, problem.size),
+            noisy or batch_size.wrong_size(given.batch_size, given.num_examples),
             is_suspected=True,
             rewrite=functools.partial(_with_batches, size=size),
         ),

@@ -48,6 +48,7 @@ from nnsanity.trials.measure import (
 )
 from nnsanity.trials.outlying import examples_in_words
 from nnsanity.trials.problem import BATCH_SIZE, Problem, checked_problem
+from nnsanity.trials.seeds import typical_first
 from nnsanity.trials.trial import prepare
 from nnsanity.trials.verdicts import judge_outcomes, without_blame
 
@@ -305,12 +306,13 @@ def _train(
         num_steps=problem.num_steps,
         batch_size=problem.batch_size,
     )
-    outcomes = train_original(problem, trial, train_key)
+    in_turn = train_original(problem, trial, train_key)
+    outcomes, keys = typical_first(problem, in_turn, train_key)
     book.measurements["trial"] = tuple(
         one._replace(params=None, kept=None) for one in outcomes
     )
     book.findings += learning_rate.judge_losses(outcomes[0].batch_losses)
-    book.add(measure_batch_noise(problem, trial, outcomes))
+    book.add(measure_batch_noise(problem, trial, in_turn))
     diagnosis = untouched(problem, trial, outcomes)
     if deadline is not None:
         diagnosis = intervene(
@@ -318,7 +320,7 @@ def _train(
             trial,
             outcomes,
             book.findings,
-            key=train_key,
+            keys=keys,
             split_key=split_key,
             deadline=deadline,
             progress=tell,

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from nnsanity._tree import is_inexact, leaf_names
-from nnsanity._types import Params
+from nnsanity._types import Array, Params
 from nnsanity.findings import NO_LIMITS, Finding, Limits, listed, number
+from nnsanity.quantities.clipped import BlockedShare
 from nnsanity.quantities.dead import DeadUnits
 from nnsanity.quantities.gradient_sizes import GradientStats
 from nnsanity.quantities.saturated import SaturatedUnits
@@ -22,6 +23,9 @@ from nnsanity.tracing.reach import Cut, Reach
 DEAD_LIMIT = 0.1
 """Healthy share of dead units in a layer, over at least 256 examples."""
 DEAD_EXAMPLES = 256
+BLOCKED_LIMIT = 0.9
+"""Healthy share of values at the bound of a clip that is no nonlinearity of a layer.
+A ReLU of a sum blocks half of them, one that is sparse some more."""
 UNDERFLOW_LIMIT = 0.1
 """Healthy share of subnormal numbers among the gradients that are not 0."""
 SATURATED_LIMIT = 0.5
@@ -232,11 +236,23 @@ def harmful_activation(first: Located, names: list[str]) -> Finding:
 
 
 def judge_dead_units(
-    measured: DeadUnits, num_examples: int, *, limits: Limits = NO_LIMITS
+    measured: DeadUnits,
+    num_examples: int,
+    *,
+    recoverable: Mapping[str, Array] | None = None,
+    limits: Limits = NO_LIMITS,
 ) -> tuple[Finding, ...]:
-    """Says which layers have dead units."""
+    """Says which layers have dead units, and whether training may bring them back.
+
+    Args:
+        measured: as ``dead_units`` returns.
+        num_examples: that it was measured on.
+        recoverable: bool[units] by layer, the dead units that may come back; None where
+            that was not looked at.
+        limits: the user's own, by rule.
+    """
     limit = limits.get("gradients/dead-units", DEAD_LIMIT)
-    host = jax.device_get(measured)
+    host, awake = jax.device_get((measured, recoverable or {}))
     findings = []
     for name, masks in host.dead.items():
         for place in np.ndindex(masks.shape[:-1]):
@@ -245,8 +261,20 @@ def judge_dead_units(
             if enough and not fraction <= limit:
                 words = name + "".join(f"[{index}]" for index in place)
                 finding = _dead(words, masks[place], float(fraction), num_examples)
+                if name in awake:
+                    num_dead, num_awake = masks[place].sum(), awake[name][place].sum()
+                    message = f"{finding.message} {_outlook(num_dead, num_awake)}"
+                    finding = finding._replace(message=message)
                 findings.append(finding._replace(limit=limit))
     return tuple(findings)
+
+
+def _outlook(num_dead: int, num_awake: int) -> str:
+    """Says how many dead units training may bring back."""
+    if num_awake == 0:
+        return "Nothing that training changes enters them: they stay dead."
+    some = "them all" if num_awake == num_dead else f"{num_awake} of them"
+    return f"What enters {some} still changes with training, and may bring those back."
 
 
 def _dead(name: str, mask: np.ndarray, fraction: float, num_examples: int) -> Finding:
@@ -263,6 +291,28 @@ def _dead(name: str, mask: np.ndarray, fraction: float, num_examples: int) -> Fi
         "Start the biases at zero and the weights from"
         " jax.nn.initializers.he_normal(), normalize the inputs, or use"
         " jax.nn.leaky_relu.",
+    )
+
+
+def judge_blocked_share(measured: BlockedShare) -> tuple[Finding, ...]:
+    """Suspects clips between the layers and in the loss that block nearly all.
+
+    A share is NaN where the clip did not run; a value that is NaN counts as blocked.
+    """
+    return tuple(
+        Finding(
+            "gradients/blocked-share",
+            8,
+            "info",
+            where,
+            float(share),
+            BLOCKED_LIMIT,
+            f"{number(100 * share)}% of the values at {where} stand at a bound, where"
+            " no gradient passes.",
+            "Leave the bound out, or move it to where the values seldom are.",
+        )
+        for where, share in jax.device_get(measured.share).items()
+        if share > BLOCKED_LIMIT
     )
 
 

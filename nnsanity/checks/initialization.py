@@ -120,9 +120,15 @@ def judge_scale(
     return (_off_scale(worst, backward, factor),)
 
 
-def _off_scale(worst: Scale, backward: float, factor: float) -> Finding:
+def _off_scale(worst: Scale, backward: float | None, factor: float) -> Finding:
     layer = worst.layer.layer
     name = layer.name + worst.block
+    changes = (
+        ", though the signal keeps its size"
+        if backward is None
+        else f", and the signal changes {number(worst.change)}-fold from the first"
+        f" layer to the last, its gradient {number(backward)}-fold on the way back"
+    )
     return Finding(
         "initialization/off-scale",
         9,
@@ -131,16 +137,17 @@ def _off_scale(worst: Scale, backward: float, factor: float) -> Finding:
         worst.ratio,
         factor,
         f"The weights of {name} are {number(worst.ratio)} times as large as a"
-        f" layer before {layer.activation or 'a linear output'} needs, and the"
-        f" signal changes {number(worst.change)}-fold from the first layer to the"
-        f" last, its gradient {number(backward)}-fold on the way back.",
+        f" layer before {layer.activation or 'a linear output'} needs{changes}.",
         f"Draw them with {initializer(worst.layer)}, as Flax calls it, and start the"
         " biases at zero.",
     )
 
 
-def poor_start(one: Located) -> Finding:
-    """The finding that fresh weights learn, though none was off scale."""
+def poor_start(worst: Scale) -> Finding:
+    """The finding that fresh weights learn, though nothing was suspected of these."""
+    one = worst.layer
+    if not 1 / GAIN_FACTOR <= worst.ratio <= GAIN_FACTOR:
+        return _off_scale(worst, None, GAIN_FACTOR)
     return Finding(
         "initialization/poor-start",
         9,

@@ -51,8 +51,8 @@ class WidthProfile(NamedTuple):
         redundant: bool[units], units that are correlated above 0.999, or below -0.999,
             with one before them.
         constant: bool[units], units that do not vary, as dead ones do not.
-        uninspected: parameters that belong to no layer, and layers of too many units;
-            and why.
+        uninspected: parameters that belong to no layer, and layers of too many units or
+            that the program does not show; and why.
     """
 
     units: dict[str, Array]
@@ -113,7 +113,7 @@ def profile_of(network: Network, seen: SeenByLook) -> WidthProfile:
     for one in network.layers:
         name = one.layer.name
         if name not in seen.get("spread", {}):
-            told[name] = f"more than {MAX_UNITS} units; width is not looked at"
+            told[name] = f"{_unseen(one)}; width is not looked at"
             continue
         spread = _merged(seen["spread"][name])
         profile.units[name] = jnp.full((), one.layer.units, jnp.int32)
@@ -123,6 +123,12 @@ def profile_of(network: Network, seen: SeenByLook) -> WidthProfile:
     return profile._replace(
         uninspected=Uninspected(tuple(told.items()), profile.uninspected.gradients)
     )
+
+
+def _unseen(one: Located) -> str:
+    if one.layer.units > MAX_UNITS:
+        return f"more than {MAX_UNITS} units"
+    return "what leaves it can't be seen where the program runs"
 
 
 def _merged(one: Seen) -> Spread:

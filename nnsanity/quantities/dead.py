@@ -127,6 +127,41 @@ def dead_of(network: Network, seen: SeenByLook) -> DeadUnits:
     )
 
 
+def recoverable(
+    network: Network,
+    measured: DeadUnits,
+    gradients: Mapping[str, Array],
+    arriving: Mapping[int, Array],
+) -> dict[str, Array]:
+    """Says which dead units a training may bring back.
+
+    A dead unit's own weights get no gradient from the examples seen, unless its
+    nonlinearity passes one where it stands, as ``jnp.maximum`` does at exactly 0.  Then
+    only a change of what enters it can wake it: there must be a parameter before it,
+    other than its own, that gets a gradient.  What enters the first layer never moves.
+
+    Args:
+        network: of the layers.
+        measured: what is dead.
+        gradients: of the loss by what enters each unit, as ``unit_gradients`` returns.
+        arriving: whether a gradient arrives at each parameter, by leaf.
+
+    Returns:
+        bool[*stack, units] by layer, False for units that are not dead.
+    """
+    found = {}
+    for one in network.layers:
+        name = one.layer.name
+        if name in measured.dead:
+            before = network.steps.origins[one.operand].parameters
+            moves = [arriving[leaf] for leaf in before if leaf in arriving]
+            may_move = functools.reduce(jnp.logical_or, moves, jnp.zeros((), bool))
+            if name in gradients:
+                may_move = may_move | (gradients[name] != 0)
+            found[name] = measured.dead[name] & may_move
+    return found
+
+
 def all_turns(one: Seen) -> Array:
     """Says which units stood still in all turns of the loops around a layer."""
     return one.only(lambda value: value.still).merged(jnp.all)

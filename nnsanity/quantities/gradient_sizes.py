@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nnsanity._tree import in_float32, inexact_leaves
-from nnsanity._types import Array, PyTree
+from nnsanity._tree import in_float32, inexact_leaves, is_inexact
+from nnsanity._types import Array, Params, PyTree
 
 
 class GradientStats(NamedTuple):
@@ -79,3 +79,9 @@ def _is_subnormal(leaf: Array) -> Array:
     fraction = bits & ((1 << info.nmant) - 1)
     exponent = (bits >> info.nmant) & ((1 << info.nexp) - 1)
     return (exponent == 0) & (fraction != 0)
+
+
+def arriving_at(stats: GradientStats, params: Params) -> dict[int, Array]:
+    """Says which parameters get a gradient that is not 0, bool[] by leaf index."""
+    inexact = [i for i, one in enumerate(jax.tree.leaves(params)) if is_inexact(one)]
+    return {leaf: stats.largest[rank] != 0 for rank, leaf in enumerate(inexact)}

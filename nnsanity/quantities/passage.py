@@ -11,7 +11,9 @@ import numpy as np
 
 from nnsanity._tree import in_float32
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree
+from nnsanity.quantities.clipped import BlockedShare, at_clips, blocked_of
 from nnsanity.quantities.units import by_unit
+from nnsanity.tracing.clips import between_layers, inlined
 from nnsanity.tracing.geometry import weight_geometry
 from nnsanity.tracing.layers import Located, Network, inspect
 from nnsanity.tracing.replace import matched
@@ -106,12 +108,14 @@ class Passage(NamedTuple):
         unit_gradients: mean square of the gradient that comes back to each unit, by
             what enters the nonlinearity: float32[*around, units]; only layers whose
             gradient shows.
+        blocked: what clips between the layers, and behind them, block.
     """
 
     loss: Array
     grads: PyTree
     seen: SeenByLook
     unit_gradients: dict[str, Seen]
+    blocked: BlockedShare
 
 
 def seen_both_ways(
@@ -134,7 +138,8 @@ def seen_both_ways(
     located = tuple(
         one._replace(stages=stages) for one, stages in matched(network, blueprint)
     )
-    taps, sites = _taps(network, located, looks)
+    found = between_layers(network, located)
+    taps, sites = _taps(network, located, looks, at_clips(found))
     watch, slots = dict[Site, Callable](), dict[Site, Array]()
     for one in located:
         if network.without_gradient(one) is None:
@@ -143,7 +148,8 @@ def seen_both_ways(
             add = functools.partial(_add_squares, one)
             watch[site] = functools.partial(watched, add)
             slots[site] = jnp.zeros(shape, jnp.float32)
-    taps = taps._replace(watch=watch)
+    inline = frozenset(inlined(network, found.values()))
+    taps = taps._replace(watch=watch, inline=inline)
     more = jax.tree.leaves(batch)
 
     def run(params: Params, slots: Mapping[Site, Array]) -> tuple:
@@ -161,20 +167,41 @@ def seen_both_ways(
         for one in located
         if (site := network.site(one.before)) in backward
     }
+    at_ends = {
+        name: (one := readings[clip.result])._replace(value=one.value[(_CLIP, name)])
+        for name, clip in found.items()
+    }
     return Passage(
         in_float32(loss),
         grads,
         _seen(network, located, sites, readings),
         unit_gradients,
+        blocked_of(network, found, at_ends),
     )
 
 
+_CLIP = "clip"
+
+
 def _taps(
-    network: Network, located: Iterable[Located], looks: Looks
+    network: Network,
+    located: Iterable[Located],
+    looks: Looks,
+    beside: Mapping[Site, Mapping[str, Callable]] = {},
 ) -> tuple[Taps, dict[tuple[str, str], Site]]:
-    """Returns what to read, and where each look at each layer is to be found."""
+    """Returns what to read, and where each look at each layer is to be found.
+
+    Args:
+        network: the program.
+        located: its layers.
+        looks: what to measure at each.
+        beside: what to measure besides, by place and by name.
+    """
     sites: dict[tuple[str, str], Site] = {}
-    measures: dict[Site, dict[tuple[str, str], Callable]] = {}
+    measures: dict[Site, dict[tuple[str, str], Callable]] = {
+        site: {(_CLIP, name): one for name, one in named.items()}
+        for site, named in beside.items()
+    }
     for one in located:
         for key, look in looks.items():
             value = look.value(network, one)
@@ -191,7 +218,10 @@ def _taps(
 
     def fold(earlier: PyTree, later: PyTree) -> PyTree:
         return {
-            entry: looks[entry[0]].fold(earlier[entry], later[entry]) for entry in later
+            entry: looks[entry[0]].fold(earlier[entry], later[entry])
+            if entry[0] in looks
+            else later[entry]
+            for entry in later
         }
 
     reads = {site: functools.partial(read, site) for site in measures}

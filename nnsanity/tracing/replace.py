@@ -170,11 +170,14 @@ def _add_writes(
 
 
 def _straddled(network: Network, values: Sequence[int]) -> set[Path]:
-    """Finds the calls that hold some of a layer's values and not the others.
+    return straddled([s for value in values if (s := network.steps.sites[value])])
+
+
+def straddled(sites: Sequence[Site]) -> set[Path]:
+    """Finds the calls that hold some of the places and not the others.
 
     What is kept of a value inside of ``remat`` can't be used outside of it.
     """
-    sites = [site for value in values if (site := network.steps.sites[value])]
     prefixes = [
         [site.path[:depth] for depth in range(1, len(site.path))] for site in sites
     ]

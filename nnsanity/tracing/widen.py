@@ -107,32 +107,70 @@ def widening(network: Network, one: Located, *, more: int) -> Widening | None:
         one: the layer.
         more: how many units to add.
     """
-    readers = list(_readers(network, one))
-    parts = [part_of(network, one, of_units=True)]
-    parts += [part_of(network, reader, of_units=False) for reader in readers]
-    known = [part for part in parts if part is not None]
-    leaves = {part.leaf for part in known}
-    if not readers or len(leaves) < len(parts) or not _fits(network, one, readers):
+    if obstacle(network, one):
         return None
+    known = [part for part in _parts(network, one) if part is not None]
     return Widening(known[0], tuple(known[1:]), more)
+
+
+def obstacle(network: Network, one: Located) -> str:
+    """Says why a layer can't be made wider; empty where it can."""
+    readers = list(_readers(network, one))
+    if any(each.around for each in (one, *readers)) or _enters_loop(network, one):
+        return "it, or a layer that reads it, lies inside of a loop"
+    if not readers:
+        return "no layer reads what it makes"
+    parts = _parts(network, one)
+    leaves = [part.leaf for part in parts if part is not None]
+    if len(leaves) < len(parts):
+        return (
+            "its weight, or that of a layer that reads it, is not a parameter as it"
+            " stands, or has no single axis for the units"
+        )
+    if len(set(leaves)) < len(leaves):
+        return "its weight and that of a layer that reads it are one parameter"
+    if not _fits(network, one, readers):
+        return "what it makes changes its shape before the next layer reads it"
+    return ""
+
+
+def _parts(network: Network, one: Located) -> list[Part | None]:
+    """Returns what has to be longer, None where that can't be."""
+    readers = (part_of(network, each, of_units=False) for each in _readers(network, one))
+    return [part_of(network, one, of_units=True), *readers]
 
 
 def _readers(network: Network, one: Located) -> Iterator[Located]:
     """Yields the layers that read what a layer makes, before any other layer does."""
+    for reader in network.layers:
+        if _comes_from(network, [reader.operand], one):
+            yield reader
+
+
+def _enters_loop(network: Network, one: Located) -> bool:
+    """Tells whether a loop or a branch with layers in it reads what a layer makes."""
+    return any(
+        _comes_from(network, [read for read in step.inputs if read is not None], one)
+        for step in network.steps.steps
+        if step.is_opened
+    )
+
+
+def _comes_from(network: Network, values: list[int], one: Located) -> bool:
+    """Tells whether a value is made from a layer's, with no other layer between."""
     steps = network.steps
     starts = {other.start for other in network.layers}
-    for reader in network.layers:
-        waiting, seen = [reader.operand], set[int]()
-        while waiting:
-            value = waiting.pop()
-            if value == one.after:
-                yield reader
-                break
-            maker = steps.makers.get(value)
-            if value in seen or value in starts or maker is None:
-                continue
-            seen.add(value)
-            waiting += [read for read in maker.inputs if read is not None]
+    waiting, seen = list(values), set[int]()
+    while waiting:
+        value = waiting.pop()
+        if value == one.after:
+            return True
+        maker = steps.makers.get(value)
+        if value in seen or value in starts or maker is None or maker.is_opened:
+            continue
+        seen.add(value)
+        waiting += [read for read in maker.inputs if read is not None]
+    return False
 
 
 def _fits(network: Network, one: Located, readers: list[Located]) -> bool:

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from nnsanity.findings import Finding
 from nnsanity.trials.batch_repairs import batch_repairs
+from nnsanity.trials.clip_repairs import clip_repairs
 from nnsanity.trials.data_repairs import data_repairs
-from nnsanity.trials.inner_repairs import inner_repairs
+from nnsanity.trials.inner_repairs import inner_repairs, not_widened
 from nnsanity.trials.loss_repairs import loss_repairs
 from nnsanity.trials.optimizer_repairs import optimizer_repairs
 from nnsanity.trials.problem import Problem
@@ -25,8 +26,10 @@ def every_repair(
         suspected: findings by rule.
         skipped: gets the repairs that could not be made, and why.
     """
+    skipped |= not_widened(problem)
     return (
         *inner_repairs(problem),
+        *clip_repairs(problem),
         *available_repairs(problem),
         *batch_repairs(problem, suspected),
         *data_repairs(problem),

@@ -10,7 +10,7 @@ from nnsanity.checks import initialization, width
 from nnsanity.quantities.drawing import needed_gain, without_biases
 from nnsanity.quantities.weight_sizes import weight_stats
 from nnsanity.tracing.layers import Located
-from nnsanity.tracing.widen import Part, Widening, widening
+from nnsanity.tracing.widen import Part, Widening, obstacle, widening
 from nnsanity.trials.copies import Copy
 from nnsanity.trials.inside import need_of, waists
 from nnsanity.trials.measure import some_examples
@@ -49,14 +49,11 @@ def _bias_repairs(problem: Problem) -> tuple[Repair, ...]:
 
 def _width_repairs(problem: Problem) -> tuple[Repair, ...]:
     """Widens the narrowest layer that all has to pass, if the outputs need more."""
-    need = need_of(problem)
-    widths = waists(problem.network)
-    if need is None or not widths:
+    need, widths = need_of(problem), waists(problem.network)
+    narrow = _narrowest(problem)
+    if need is None or narrow is None:
         return ()
-    name = min(widths, key=lambda one: widths[one])
-    if not need.is_narrow(widths[name]):
-        return ()
-    (narrow,) = (one for one in problem.network.layers if one.layer.name == name)
+    name = narrow.layer.name
     units = max(need.guideline, width.WIDE_UNITS)
     plan = widening(problem.network, narrow, more=units - narrow.layer.units)
     if plan is None:
@@ -75,6 +72,34 @@ def _width_repairs(problem: Problem) -> tuple[Repair, ...]:
             rewrite=lambda one: one._replace(wider=plan),
         ),
     )
+
+
+def _narrowest(problem: Problem) -> Located | None:
+    """Finds the narrowest layer that all has to pass, if the outputs need more."""
+    need, widths = need_of(problem), waists(problem.network)
+    narrow = [
+        name for name in widths if need is not None and need.is_narrow(widths[name])
+    ]
+    if not narrow:
+        return None
+    name = min(narrow, key=lambda one: widths[one])
+    return next(one for one in problem.network.layers if one.layer.name == name)
+
+
+def not_widened(problem: Problem) -> dict[str, str]:
+    """Says which narrow layers have no wider copy, and why."""
+    narrowest = _narrowest(problem)
+    if narrowest is None:
+        return {}
+    need, widths = need_of(problem), waists(problem.network)
+    name = narrowest.layer.name
+    reason = obstacle(problem.network, narrowest)
+    found = {
+        f"more units for {other}": f"only {name}, the narrowest layer, is made wider"
+        for other in widths
+        if need is not None and need.is_narrow(widths[other]) and other != name
+    }
+    return {f"more units for {name}": reason, **found} if reason else found
 
 
 def _drawn(problem: Problem, plan: Widening, copy: Copy, key: Array) -> Params:

@@ -11,9 +11,14 @@ from nnsanity._tree import inexact_leaves, is_inexact, num_examples
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree
 from nnsanity.checks import depth, gradients, initialization, width
 from nnsanity.findings import NO_LIMITS, Finding, Limits
-from nnsanity.quantities.dead import DEAD_LOOK, DeadUnits, dead_of
+from nnsanity.quantities.clipped import BlockedShare
+from nnsanity.quantities.dead import DEAD_LOOK, DeadUnits, dead_of, recoverable
 from nnsanity.quantities.dormant import ACTIVE_LOOK, DormantUnits, dormant_of
-from nnsanity.quantities.gradient_sizes import GradientStats, gradient_stats
+from nnsanity.quantities.gradient_sizes import (
+    GradientStats,
+    arriving_at,
+    gradient_stats,
+)
 from nnsanity.quantities.passage import Look, seen_both_ways, seen_forward
 from nnsanity.quantities.saturated import SATURATED_LOOK, SaturatedUnits, saturated_of
 from nnsanity.quantities.signal_gain import (
@@ -47,6 +52,8 @@ class Inside(NamedTuple):
         dead_units: by layer.
         dormant_units: by layer.
         saturated_units: by layer.
+        recoverable_units: bool[units] by layer, the dead ones that training may move.
+        blocked: by clips between the layers and in the loss.
         weights: in the order of the layers.
         signal: in the order of the layers.
         depth: in the order of the layers.
@@ -59,6 +66,8 @@ class Inside(NamedTuple):
     dead_units: DeadUnits
     dormant_units: DormantUnits
     saturated_units: SaturatedUnits
+    recoverable_units: dict[str, Array]
+    blocked: BlockedShare
     weights: WeightStats
     signal: SignalGain
     depth: depth.DepthProfile
@@ -94,15 +103,19 @@ def look_inside(
     if seen.get("signal", {}).keys() != names:
         _, seen = seen_forward(apply_fn, params, batch[0], _LOOKS)
     leaves = zip(jax.tree.leaves(params), jax.tree.leaves(passage.grads), strict=True)
+    grads = gradient_stats([grad for leaf, grad in leaves if is_inexact(leaf)])
+    dead, at_units = dead_of(network, seen), gradients_of(passage)
     weights = stats_of(network, seen)
     by_depth = gradients_by_depth(network, passage)
     return Inside(
         passage.loss,
-        gradient_stats([grad for leaf, grad in leaves if is_inexact(leaf)]),
-        gradients_of(passage),
-        dead_of(network, seen),
+        grads,
+        at_units,
+        dead,
         dormant_of(network, seen),
         saturated_of(network, seen),
+        recoverable(network, dead, at_units, arriving_at(grads, params)),
+        passage.blocked,
         weights,
         gain_of(network, weights.signal, by_depth),
         depth.profile_of(network, seen, by_depth),
@@ -139,8 +152,12 @@ def judge_network(
             measured.gradients, problem.params, by_layer, limits=limits
         ),
         *gradients.judge_dead_units(
-            measured.dead_units, num_examples(batch[0]), limits=limits
+            measured.dead_units,
+            num_examples(batch[0]),
+            recoverable=measured.recoverable_units,
+            limits=limits,
         ),
+        *gradients.judge_blocked_share(measured.blocked),
         *gradients.judge_saturated_units(measured.saturated_units, network),
         *initialization.judge_scale(
             worst,

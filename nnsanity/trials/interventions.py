@@ -29,6 +29,7 @@ from nnsanity.trials.every_repair import combinations, every_repair
 from nnsanity.trials.levels import FAILED, LEARNED, curve_of, last, level_of, unit_of
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.repairs import Repair
+from nnsanity.trials.seeds import NUM_SEEDS, keys_of
 from nnsanity.trials.trial import (
     Outcome,
     Trial,
@@ -38,7 +39,6 @@ from nnsanity.trials.trial import (
     with_data,
 )
 
-NUM_SEEDS = 3
 FIRST_SEED, OTHER_SEEDS, ALL_SEEDS = slice(1), slice(1, None), slice(None)
 SUSPICION_BONUS = 0.15
 """What a suspicion adds to the gain of its repair when causes are ranked."""
@@ -56,7 +56,7 @@ class Diagnosis(NamedTuple):
     """What the trial and its interventions showed.
 
     Attributes:
-        outcomes: of the user's own program, one for each seed.
+        outcomes: of the user's own program, one for each seed, the most typical first.
         level: its quality, the median over the seeds.
         num_steps: how long it was trained.
         causes: findings with their effects, the largest first.
@@ -64,7 +64,7 @@ class Diagnosis(NamedTuple):
         skipped: what was not tried, and why.
         attempts: every repair that was tried by itself, in the order of trying, then
             those that it takes together.
-        curve: quality at each mark, of the first seed of the original.
+        curve: quality at each mark, of the most typical seed of the original.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -97,7 +97,7 @@ def train_original(problem: Problem, trial: Trial, key: Array) -> tuple[Outcome,
     """
     outcomes: list[Outcome] = []
     copy = trial.plain
-    for one in _keys(key):
+    for one in keys_of(key):
         began = time.monotonic()
         outcomes += train_copies(trial, [(copy, one)])
         middle = mid_descent(outcomes[0].losses)
@@ -110,10 +110,6 @@ def train_original(problem: Problem, trial: Trial, key: Array) -> tuple[Outcome,
         if is_slow and level_of(problem, outcomes[-1], start) >= LEARNED:
             break
     return tuple(outcomes)
-
-
-def _keys(key: Array) -> tuple[Array, ...]:
-    return tuple(jax.random.fold_in(key, seed) for seed in range(NUM_SEEDS))
 
 
 def untouched(
@@ -133,7 +129,7 @@ def intervene(
     outcomes: tuple[Outcome, ...],
     suspicions: Sequence[Finding],
     *,
-    key: Array,
+    keys: tuple[Array, ...],
     split_key: Array,
     deadline: float,
     progress: Progress,
@@ -146,9 +142,9 @@ def intervene(
     Args:
         problem: with an optimizer.
         trial: as ``prepare`` returns.
-        outcomes: of the original, as ``train_original`` returns with the same key.
+        outcomes: of the original, as ``typical_first`` returns.
         suspicions: findings whose rules say what to try first.
-        key: the same as that of the original, so that both see the same batches.
+        keys: those of the original, so that both see the same batches.
         split_key: as given to ``prepare``.
         deadline: of ``time.monotonic()``, after which nothing new is tried.
         progress: called with a line of text now and then.
@@ -157,7 +153,7 @@ def intervene(
         problem,
         {(): trial},
         split_key,
-        _keys(key),
+        keys,
         float(outcomes[0].losses[0]),
         progress,
         deadline,

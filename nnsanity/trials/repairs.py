@@ -179,8 +179,9 @@ def _weight_repairs(problem: Problem) -> tuple[Repair, ...]:
                 "initialization/signal-grows",
                 "initialization/signal-fades",
                 "gradients/saturated-units",
+                "width/redundant",
             ),
-            initialization.poor_start(worst.layer),
+            initialization.poor_start(worst),
         ),
     )
 

@@ -8,16 +8,18 @@ import pytest
 
 from nnsanity.checks.gradients import (
     harmful_activation,
+    judge_blocked_share,
     judge_dead_units,
     judge_gradients,
     judge_reach,
     judge_saturated_units,
     judge_unchanged,
 )
+from nnsanity.quantities.clipped import BlockedShare
 from nnsanity.quantities.dead import DeadUnits, dead_units
 from nnsanity.quantities.gradient_sizes import GradientStats, gradient_stats
 from nnsanity.quantities.saturated import saturated_units
-from nnsanity.tracing.layers import inspect
+from nnsanity.tracing.layers import Uninspected, inspect
 from nnsanity.tracing.reach import reach
 
 RNG = np.random.default_rng(0)
@@ -165,6 +167,31 @@ def test_judge_dead_units(num_dead, num_examples, alarms):
     if alarms:
         assert found[0].measured == pytest.approx(num_dead / 10)
         assert f"{num_dead} of 10 units of w" in found[0].message
+
+
+@pytest.mark.parametrize(
+    ("num_awake", "words"),
+    [(0, "they stay dead"), (1, "What enters 1 of them"), (3, "What enters them all")],
+)
+def test_what_may_come_back_is_told(num_awake, words):
+    mask = jnp.arange(10) < 3
+    measured = DeadUnits({"w": mask}, {"w": mask.mean()})
+    awake = {"w": jnp.arange(10) < num_awake}
+    (found,) = judge_dead_units(measured, 300, recoverable=awake)
+    assert words in found.message
+
+
+def blocked(share):
+    return BlockedShare({"net.py:3 (f): clamp": jnp.float32(share)}, Uninspected())
+
+
+@pytest.mark.parametrize(
+    ("share", "alarms"), [(0.95, True), (0.85, False), (0.0, False), (NAN, False)]
+)
+def test_judge_blocked_share(share, alarms):
+    found = judge_blocked_share(blocked(share))
+    assert [one.rule for one in found] == ["gradients/blocked-share"] * alarms
+    assert [one.where for one in found] == ["net.py:3 (f): clamp"] * alarms
 
 
 def stats_of(*sizes, **changes):

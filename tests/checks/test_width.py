@@ -7,6 +7,8 @@ import pytest
 
 import nnsanity as ns
 from nnsanity.checks.width import Need, judge_width, needed_units, width_profile
+from nnsanity.trials.inner_repairs import not_widened
+from nnsanity.trials.problem import checked_problem
 
 RNG = np.random.default_rng(0)
 INPUTS = RNG.normal(size=(300, 12)).astype(np.float32)
@@ -211,3 +213,39 @@ def test_a_waist_of_one_unit_leads_and_a_wider_one_is_silent(width, rules):
     for one in found[:1]:
         assert one.where == "w2"
         assert "more units takes the accuracy after" in one.message
+
+
+def test_narrow_layers_without_a_wider_copy_are_told():
+    def looped(params, x):
+        x = jnp.tanh(x @ params["w1"])
+        turn = lambda h, w: (jnp.tanh(h @ w), None)  # noqa: E731
+        x, _ = jax.lax.scan(turn, x, params["w2"])
+        return jnp.tanh(x @ params["w3"]) @ params["w4"]
+
+    shapes = {"w1": (6, 1), "w2": (2, 1, 1), "w3": (1, 2), "w4": (2, 6)}
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        name: jax.random.normal(one, shape)
+        for one, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+    def loss_fn(params, batch):
+        logits = looped(params, batch[0])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+    problem = checked_problem(
+        looped,
+        loss_fn,
+        params,
+        (DATA, LABELS),
+        key=jax.random.key(1),
+        optimizer=optax.adam(0.01),
+        batch_size=32,
+        num_steps=10,
+        train_loss_fn=None,
+        validation=None,
+        groups=None,
+    )
+    told = not_widened(problem)
+    assert "inside of a loop" in told["more units for w1"]
+    assert told["more units for w3"] == "only w1, the narrowest layer, is made wider"

@@ -25,6 +25,14 @@ def in_a_loop(w, x):
     return jax.lax.scan(turn, x @ w, None, length=3)[0]
 
 
+def by_numpy_name(w, x):
+    return jnp.clip(x @ w, None, 0.7)
+
+
+def behind_a_checkpoint(w, x):
+    return jnp.minimum(jax.checkpoint(lambda x: x @ w)(x), 0.7)
+
+
 def turns():
     h, shares = MADE, []
     for _ in range(3):
@@ -37,6 +45,8 @@ CASES = {
     clamped: ((MADE < -0.5) | (MADE > 1.0)).mean(),
     floored: (np.exp(MADE) < 0.9).mean(),
     in_a_loop: turns(),
+    by_numpy_name: (MADE > 0.7).mean(),
+    behind_a_checkpoint: (MADE > 0.7).mean(),
 }
 
 

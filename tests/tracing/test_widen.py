@@ -8,7 +8,7 @@ import pytest
 
 from nnsanity.tracing.layers import inspect
 from nnsanity.tracing.replace import replaced
-from nnsanity.tracing.widen import nonlinearity, widening
+from nnsanity.tracing.widen import nonlinearity, obstacle, widening
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(6, 5)), jnp.float32)
@@ -155,19 +155,39 @@ def scanned(p, x):
 
 
 @pytest.mark.parametrize(
-    ("apply_fn", "params", "x"),
+    ("apply_fn", "params", "x", "reason"),
     [
-        (flattened, {"k": normal(2, 3, 3, 3), "w": normal(72, 4)}, IMAGES),
-        (tied, {"w": normal(5, 2)}, X),
-        (masked, {"a": normal(5, 5), "b": normal(5, 3)}, X),
-        (scanned, {"a": normal(3, 5, 5), "b": normal(5, 3)}, X),
-        (lambda p, x: x @ p, normal(5, 2), X),
+        (
+            flattened,
+            {"k": normal(2, 3, 3, 3), "w": normal(72, 4)},
+            IMAGES,
+            "changes its shape",
+        ),
+        (tied, {"w": normal(5, 2)}, X, "are one parameter"),
+        (masked, {"a": normal(5, 5), "b": normal(5, 3)}, X, "not a parameter as it"),
+        (scanned, {"a": normal(3, 5, 5), "b": normal(5, 3)}, X, "inside of a loop"),
+        (lambda p, x: x @ p, normal(5, 2), X, "no layer reads"),
     ],
 )
-def test_what_can_not_be_widened(apply_fn, params, x):
+def test_what_can_not_be_widened(apply_fn, params, x, reason):
     x = x.transpose(0, 3, 1, 2) if x.ndim == 4 else x
     network = inspect(apply_fn, params, x)
+    one = network.layers[0]
+    assert widening(network, one, more=4) is None
+    assert reason in obstacle(network, one)
+
+
+def test_the_way_around_a_loop_is_no_way_to_read_a_layer():
+    params = {"w": normal(5, 5), "a": normal(3, 5, 5), "b": normal(5, 3)}
+    behind = lambda p, x: scanned(p, jnp.tanh(x @ p["w"]))  # noqa: E731
+    network = inspect(behind, params, X)
     assert widening(network, network.layers[0], more=4) is None
+    assert "inside of a loop" in obstacle(network, network.layers[0])
+
+
+def test_what_can_be_widened_has_no_obstacle():
+    network = inspect(mlp, PARAMS, X)
+    assert [bool(obstacle(network, one)) for one in network.layers] == [0, 0, 1]
 
 
 def test_nonlinearities_by_name():

@@ -164,6 +164,8 @@ def test_one_pass_is_what_the_single_functions_are():
         "width": ns.width_profile(*forward),
         "gradients": ns.gradient_stats(jax.grad(loss_fn)(params, batch)),
         "loss": loss_fn(params, batch),
+        "recoverable_units": {"w0": jnp.zeros(8, bool)},  # nothing moves before it
+        "blocked": ns.blocked_share(loss_fn, params, batch),
     }
     assert single.keys() == set(found._fields)
     for name, one in single.items():
@@ -247,3 +249,76 @@ def test_under_jit_vmap_and_scan():
     turn = lambda carry, _: (look(params, batch), None)  # noqa: E731
     again, _ = jax.lax.scan(turn, expected, None, length=2)
     assert jax.tree.structure(again) == jax.tree.structure(expected)
+
+
+def rectified(maximum):
+    def run(params, x):
+        x = maximum(x @ params["w0"] + params["b0"])
+        return maximum(x @ params["w1"] + params["b1"]) @ params["w2"]
+
+    return run
+
+
+def sums(params, x):
+    """What enters both nonlinearities, in float64."""
+    p = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
+    first = np.asarray(x, np.float64) @ p["w0"] + p["b0"]
+    return first, np.maximum(first, 0) @ p["w1"] + p["b1"]
+
+
+RELU, AT_ZERO = jax.nn.relu, lambda x: jnp.maximum(x, 0)
+OUTLOOKS = {
+    # Buried units of the first layer, of the second, and units at exactly 0; then
+    # which of both layers may come back.
+    "one of each": (RELU, [3], [5], [], [[], [5]]),
+    "all of the first": (RELU, [*range(8)], [5], [], [[], []]),
+    "at zero, relu": (RELU, [], [], [2], [[], []]),
+    "at zero, maximum": (AT_ZERO, [], [], [2], [[2], []]),
+}
+
+
+@pytest.mark.parametrize("name", OUTLOOKS)
+def test_dead_units_that_a_step_moves(name):
+    maximum, first, second, at_zero, expected = OUTLOOKS[name]
+    rng = np.random.default_rng(1)
+    params = {f"w{i}": rng.normal(size=(n, 8)) for i, n in enumerate((6, 8))}
+    params |= {"b0": np.zeros(8), "b1": np.ones(8), "w2": rng.normal(size=(8, 3))}
+    params["b0"][first] = params["b1"][second] = -50
+    params["w0"][:, at_zero] = 0
+    params = {name: jnp.asarray(one, jnp.float32) for name, one in params.items()}
+    apply_fn, batch = rectified(maximum), data()
+    loss = lambda p, b: jnp.mean((apply_fn(p, b[0]) - b[1]) ** 2)  # noqa: E731
+    found = look_inside(apply_fn, loss, params, batch)
+    grads = jax.grad(loss)(params, batch)
+    moved = jax.tree.map(lambda one, grad: one - 0.01 * grad, params, grads)
+    layers = zip(sums(params, batch[0]), sums(moved, batch[0]), strict=True)
+    for index, (before, after) in enumerate(layers):
+        dead = (before <= 0).all(axis=0)
+        may_come_back = dead & (before != after).any(axis=0)
+        recoverable = found.recoverable_units[f"w{index}"]
+        assert recoverable.tolist() == may_come_back.tolist()
+        assert np.flatnonzero(recoverable).tolist() == expected[index]
+
+
+def test_clips_between_the_layers_and_in_the_loss_against_numpy():
+    def clipped_net(params, x):
+        h = jax.checkpoint(lambda h: jax.nn.relu(h @ params["w0"]))(jnp.clip(x, -1, 1))
+        h = jnp.minimum(h + x[:, :1], 0.5)
+        return jnp.clip(h @ params["w1"], -1, 1)  # a nonlinearity of that layer
+
+    def clipped_loss(params, batch):
+        errors = (clipped_net(params, batch[0]) - batch[1]) ** 2
+        return jnp.mean(jnp.minimum(errors, 0.3))
+
+    params, batch = {name: params_of()[name] for name in ("w0", "w1")}, data()
+    batch = batch[0], jnp.tile(batch[1], 3)[:, :8]
+    found = look_inside(clipped_net, clipped_loss, params, batch).blocked.share
+    assert [name.rpartition(" ")[2] for name in found] == ["min", "min"]
+    assert all(name.startswith("test_inside.py:") for name in found)
+    p = {name: np.asarray(one, np.float64) for name, one in params.items()}
+    x, y = (np.asarray(one, np.float64) for one in batch)
+    h = np.maximum(np.clip(x, -1, 1) @ p["w0"], 0)
+    sizes = h + x[:, :1]
+    errors = (np.clip(np.minimum(sizes, 0.5) @ p["w1"], -1, 1) - y) ** 2
+    shares = [(sizes > 0.5).mean(), (errors > 0.3).mean()]
+    np.testing.assert_allclose([*found.values()], shares, atol=0.003)

@@ -1,0 +1,34 @@
+"""When a copy counts as better, on levels written by hand."""
+
+import numpy as np
+import pytest
+
+from nnsanity.trials.arms import Arm, helps
+
+
+def arm(*levels):
+    values = np.array(levels)
+    return Arm((), values, values, values)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ((0.1, 0.1, 0.1), (0.7, 0.7, 0.7), True),
+        ((0.4, 0.2, 0.9), (0.7, 0.7, 0.7), True),  # one seed learned by luck
+        ((0.4, 0.2, 0.9), (0.8, 0.7, 0.4), False),  # and so may the copy
+        ((0.4, 0.2, 0.9), (0.5, 0.5, 0.5), False),  # no clear gain on the median
+        ((0.4, 0.9, 0.9), (0.8, 0.8, 0.8), False),  # it learns from most seeds
+        ((0.5, 0.5, 0.5), (0.7, 0.7, 0.49), False),
+        ((0.5, 0.5, 0.5), (0.55, 0.55, 0.55), False),
+        ((-1.0, -1.0, -1.0), (-0.1, -0.2, -0.1), False),  # both no better than nothing
+        ((0.4, 0.4, 0.4), (0.9, np.nan, 0.9), False),
+    ],
+)
+def test_helps(before, after, expected):
+    assert helps(arm(*before), arm(*after)) is expected
+
+
+def test_what_is_memorized_does_not_count():
+    after = arm(0.9, 0.9, 0.9)._replace(held_out=np.full(3, 0.4))
+    assert not helps(arm(0.4, 0.4, 0.4), after)

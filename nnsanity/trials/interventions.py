@@ -46,6 +46,8 @@ MAX_CAUSES = 3
 BUDGET_SECONDS = 60.0
 """How long a checkup may take before nothing new is tried; what was left out then is in
 ``skipped``."""
+LEAST_SECONDS = 15.0
+"""What repairs get of it, however long it took to compile and measure."""
 SLOW_SECONDS, VERY_SLOW_SECONDS = 3.0, 15.0
 """A training that takes longer is repeated less often: from two seeds where it learns,
 from one."""
@@ -146,7 +148,8 @@ def intervene(
         suspicions: findings whose rules say what to try first.
         keys: those of the original, so that both see the same batches.
         split_key: as given to ``prepare``.
-        deadline: of ``time.monotonic()``, after which nothing new is tried.
+        deadline: of ``time.monotonic()``, after which nothing new is tried, but for what
+            is tried in the first seconds.
         progress: called with a line of text now and then.
     """
     lab = _Lab(
@@ -156,7 +159,7 @@ def intervene(
         keys,
         float(outcomes[0].losses[0]),
         progress,
-        deadline,
+        max(deadline, time.monotonic() + LEAST_SECONDS),
     )
     original = _arm(lab, (), outcomes)
     if original.level >= LEARNED:

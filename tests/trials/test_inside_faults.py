@@ -198,7 +198,10 @@ TWINS = {
     "ResNet": lambda: of_module(ResNet(), images()),
     "transformer": lambda: of_module(Transformer(), tokens(12, 6)),
     "embeddings": lambda: of_module(Bag(), tokens(200, 5)),
-    "over-wide": lambda: ((mlp(), drawn(1024)), {"optimizer": optax.adam(0.001)}),
+    "over-wide": lambda: (
+        (mlp(), drawn(1024)),
+        {"optimizer": optax.adam(0.002), "num_steps": 300},
+    ),
     "45% zeros": lambda: ((mlp(), with_biases(drawn(64), 0, 0.2)), {}),
     "a bound seldom met": lambda: (
         (lambda params, x: jnp.clip(mlp()(params, x) + x[:, :1], -9, 9), drawn(32)),

@@ -148,8 +148,8 @@ def intervene(
         suspicions: findings whose rules say what to try first.
         keys: those of the original, so that both see the same batches.
         split_key: as given to ``prepare``.
-        deadline: of ``time.monotonic()``, after which nothing new is tried, but for what
-            is tried in the first seconds.
+        deadline: of ``time.monotonic()``; after it and the first ``LEAST_SECONDS``
+            nothing new is tried.
         progress: called with a line of text now and then.
     """
     lab = _Lab(

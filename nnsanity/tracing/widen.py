@@ -136,7 +136,9 @@ def obstacle(network: Network, one: Located) -> str:
 
 def _parts(network: Network, one: Located) -> list[Part | None]:
     """Returns what has to be longer, None where that can't be."""
-    readers = (part_of(network, each, of_units=False) for each in _readers(network, one))
+    readers = (
+        part_of(network, each, of_units=False) for each in _readers(network, one)
+    )
     return [part_of(network, one, of_units=True), *readers]
 
 

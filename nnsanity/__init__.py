@@ -87,7 +87,11 @@ from nnsanity.quantities.scales import (
 )
 from nnsanity.quantities.signal_gain import SignalGain, signal_gain, unit_gradients
 from nnsanity.quantities.training_noise import LossNoise, noise
-from nnsanity.quantities.weight_sizes import WeightStats, weight_stats
+from nnsanity.quantities.weight_sizes import (
+    WeightStats,
+    layer_update_ratios,
+    weight_stats,
+)
 from nnsanity.report import Report
 from nnsanity.signals import Signals, activations, value_and_grad
 from nnsanity.tracing.averaged import averaged_terms
@@ -172,6 +176,7 @@ __all__ = [
     "group_moments",
     "input_dependence",
     "invariance",
+    "layer_update_ratios",
     "layers",
     "leaf_names",
     "leaf_noise_scales",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from nnsanity._tree import in_float32
 from nnsanity._types import ApplyFn, Array, Params, PyTree
+from nnsanity.quantities.descent import described, floats_of, with_floats
 from nnsanity.quantities.drawing import bias_value
 from nnsanity.quantities.passage import (
     Look,
@@ -19,7 +20,8 @@ from nnsanity.quantities.passage import (
     seen_forward,
     weight,
 )
-from nnsanity.tracing.layers import Located, Network, Uninspected
+from nnsanity.tracing.layers import Located, Network, Uninspected, inspect
+from nnsanity.tracing.tap import Taps, evaluate
 
 
 class WeightStats(NamedTuple):
@@ -98,6 +100,83 @@ def stats_of(network: Network, seen: SeenByLook) -> WeightStats:
         jnp.sqrt(in_places(network, no_bias | ratio)),
         Uninspected.of(network),
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def layer_update_ratios(
+    apply_fn: ApplyFn, updates: PyTree, params: Params, inputs: PyTree
+) -> Array:
+    """Compares each layer's update with its weights, as the layer uses them, by depth.
+
+    Healthy is about 1e-3 at every layer (A. Karpathy); worry where it falls by powers
+    of ten from layer to layer, then depth keeps some of them from learning.  Weights
+    that are made of parameters (normalized, masked, a sum) change to first order; 0
+    inside of a function whose derivative was written by hand.  Costs one forward pass
+    with derivatives.
+
+    Args:
+        apply_fn: ``apply_fn(params, inputs) -> outputs``.
+        updates: of an optimizer, a tree like the parameters.
+        params: any pytree of arrays.
+        inputs: leading axis the examples; only their shapes count.
+
+    Returns:
+        float32[places], ``|update| / |weights|`` in the order of ``layers``, blocks of
+        a stack one by one; inf or NaN where the weights are 0.
+
+    Raises:
+        ValueError: if the trees differ.
+
+    Example:
+        >>> params = {"w1": jnp.full((2, 4), 2.0), "w2": jnp.ones((4, 1))}
+        >>> apply_fn = lambda params, x: jnp.tanh(x @ params["w1"]) @ params["w2"]
+        >>> updates = {"w1": jnp.full((2, 4), 1.0), "w2": jnp.full((4, 1), 0.25)}
+        >>> layer_update_ratios(apply_fn, updates, params, jnp.ones((3, 2)))
+        Array([0.5 , 0.25], dtype=float32)
+    """
+    if jax.tree.map(jnp.shape, updates) != jax.tree.map(jnp.shape, params):
+        raise ValueError(
+            "layer_update_ratios: updates and params must be trees of the same shapes,"
+            f" got {described(updates)} and {described(params)}"
+        )
+
+    network = inspect(apply_fn, params, inputs)
+    sites = {
+        one.layer.name: network.site(value)
+        for one in network.layers
+        if (value := weight(network, one)) is not None
+    }
+
+    def squares(floats: PyTree) -> Array:
+        leaves = jax.tree.leaves((with_floats(params, floats), inputs))
+        taps = Taps(read=dict.fromkeys(sites.values(), _square))
+        _, readings = evaluate(network.program, leaves, taps)
+        sizes = {
+            one.layer.name: readings[sites[one.layer.name]]
+            .merged(one.shared, jnp.mean)
+            .where_it_ran()
+            for one in network.layers
+            if one.layer.name in sites
+        }
+        return in_places(network, sizes)
+
+    floats = floats_of(params)
+    changes = jax.tree.map(
+        lambda leaf, update: update.astype(leaf.dtype), floats, floats_of(updates)
+    )
+    size, change = jax.jvp(squares, (floats,), (changes,))
+    return jnp.sqrt(change / size)
+
+
+@jax.custom_jvp
+def _square(weights: Array) -> Array:
+    """Returns the mean square; what it hands on for a tangent is the tangent's own."""
+    return jnp.mean(jnp.abs(in_float32(weights)) ** 2).astype(jnp.float32)
+
+
+@_square.defjvp
+def _square_of_both(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    return _square(*primals), _square(*tangents)
 
 
 def _first(pair: tuple) -> Array:

@@ -29,12 +29,12 @@ def takes_numbers(
     @functools.wraps(function)
     def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         # Too many arguments, or too few, are the function's own to tell.
-        for name, argument in zip(signature.parameters, args, strict=False):
-            _check_numbers(f"{function.__name__}: {name}", argument)
-        for name, argument in kwargs.items():
+        named = dict(zip(signature.parameters, args, strict=False)) | kwargs
+        for name, argument in named.items():
             if name == "key":
                 check_key(function.__name__, argument)
-            _check_numbers(f"{function.__name__}: {name}", argument)
+            if name != "axis_name":
+                _check_numbers(f"{function.__name__}: {name}", argument)
         return function(*args, **kwargs)
 
     return checked

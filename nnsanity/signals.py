@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -133,17 +133,21 @@ class Signals:
 
     def by_layer(self, field: str) -> dict[str, Array]:
         """Returns the numbers of one of the first four fields."""
-        single = {
-            layer: self.numbers[..., index]
-            for index, (one, layer) in enumerate(self.places)
-            if one == field
-        }
+        named = zip(self.places, _unstacked(self.numbers), strict=True)
+        single = {layer: number for (one, layer), number in named if one == field}
         return single | self.stacks[field]
 
     preactivation_rms = property(lambda self: self.by_layer(FIELDS[0]))
     activation_rms = property(lambda self: self.by_layer(FIELDS[1]))
     preactivation_gradient_rms = property(lambda self: self.by_layer(FIELDS[2]))
     activation_gradient_rms = property(lambda self: self.by_layer(FIELDS[3]))
+
+
+def _unstacked(numbers: Any) -> Sequence[Any]:
+    if isinstance(numbers, jax.ShapeDtypeStruct):
+        one = jax.ShapeDtypeStruct(numbers.shape[:-1], numbers.dtype)
+        return [one] * numbers.shape[-1]
+    return jnp.unstack(numbers, axis=-1) if numbers.shape[-1] else ()
 
 
 def value_and_grad(

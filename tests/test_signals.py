@@ -334,3 +334,9 @@ def test_as_a_part_of_a_data_parallel_step(asked):
     assert_equal(own.activation_rms, expected.activation_rms)
     back = own.preactivation_gradient_rms
     assert_equal(back, expected.preactivation_gradient_rms)
+
+
+def test_shapes_of_signals_can_be_asked():
+    shapes = jax.eval_shape(ns.value_and_grad(loss_fn), PARAMS, BATCH)[0][1]
+    expected = jax.ShapeDtypeStruct((), jnp.float32)
+    assert set(shapes.activation_rms.values()) == {expected}

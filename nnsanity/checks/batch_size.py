@@ -53,9 +53,9 @@ def wrong_size(batch_size: int, num_examples: int) -> Finding:
     )
 
 
-def suggested_size(noise: NoiseScale, num_examples: int) -> int:
-    """Returns the power of two at or below a noise scale that is finite."""
-    size = 2 ** int(math.log2(max(float(noise.noise_scale), MIN_SUGGESTED)))
+def suggested_size(limit: float, num_examples: int) -> int:
+    """Returns the power of two at or below the noise scale that a limit is made of."""
+    size = 2 ** int(math.log2(max(limit / NOISE_LIMIT, MIN_SUGGESTED)))
     return min(size, num_examples)
 
 
@@ -81,9 +81,9 @@ def judge_noise(
         equations 2.7 and 2.11.
     """
     scale, error = float(noise.noise_scale), float(noise.standard_error)
-    size = suggested_size(noise, num_examples)
-    is_bearable = batch_size <= max(NOISE_LIMIT * (scale + 2 * error), USUAL)
-    if batch_size <= scale:
+    limit = max(NOISE_LIMIT * (scale + 2 * error), USUAL)
+    size = suggested_size(limit, num_examples)
+    if batch_size <= max(scale, size):
         advice = (
             f"Keep the smallest batch that trains in bearable time. Up to {size} a"
             " larger one saves steps nearly in proportion, if your hardware takes it in"
@@ -97,12 +97,12 @@ def judge_noise(
         )
     return (
         Finding(
-            "batch-size/suggested" if is_bearable else TOO_LARGE,
+            "batch-size/suggested" if batch_size <= limit else TOO_LARGE,
             5,
             "info",
             "batch_size",
             float(batch_size),
-            float(size),
+            limit,
             f"After {step} steps, with the loss on its way down, the noise of a batch's"
             f" gradient is as large as the gradient at {number(scale)} examples"
             f" (standard error {number(error)}); your batches of {batch_size} are"

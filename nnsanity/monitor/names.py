@@ -82,7 +82,7 @@ def check_scalar(function: str, argument: str, value: Any) -> None:
         ValueError: if it is not a floating-point scalar.
     """
     shape = getattr(value, "shape", None)
-    if shape == () and is_inexact(value):
+    if isinstance(value, float) or (shape == () and is_inexact(value)):
         return
     hint = "; did you forget a mean?" if shape else ""
     if isinstance(value, tuple):

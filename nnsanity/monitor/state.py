@@ -1,5 +1,6 @@
 """What a monitor keeps of a training: a record, packed into a few arrays."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -204,7 +205,7 @@ def opened(state: MonitorState, sizes: tuple[int, int]) -> MonitorRecord:
         state: packed.
         sizes: how many leaves and rows, ``Names.sizes``.
     """
-    shapes = jax.eval_shape(lambda: _blank(sizes))
+    shapes = _shapes(sizes)
     used = {jnp.dtype(one.dtype): 0 for one in state[:3]}
     flat = {jnp.dtype(one.dtype): one for one in state[:3]}
 
@@ -214,6 +215,11 @@ def opened(state: MonitorState, sizes: tuple[int, int]) -> MonitorRecord:
         return flat[shape.dtype][start:stop].reshape(shape.shape)
 
     return jax.tree.map(part, shapes)._replace(last_active=state.last_active)
+
+
+@functools.cache
+def _shapes(sizes: tuple[int, int]) -> MonitorRecord:
+    return jax.eval_shape(lambda: _blank(sizes))
 
 
 def _blank(sizes: tuple[int, int]) -> MonitorRecord:

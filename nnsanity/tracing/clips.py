@@ -14,7 +14,7 @@ from nnsanity.tracing.control import Path
 from nnsanity.tracing.layers import Located, Network, inspect
 from nnsanity.tracing.operations import operations
 from nnsanity.tracing.reach import Frame, place
-from nnsanity.tracing.replace import straddled
+from nnsanity.tracing.replace import chain, has_own_derivative, straddled
 from nnsanity.tracing.steps import Site, Step
 from nnsanity.tracing.tap import Taps, evaluate
 
@@ -32,6 +32,7 @@ class Clip(NamedTuple):
         result: where what it passes on is.
         turns: how many loops lie around it.
         has_parameters: whether a gradient is wanted: parameters are in the value.
+        value: number of the value that it bounds.
     """
 
     step: Step
@@ -39,6 +40,7 @@ class Clip(NamedTuple):
     result: Site
     turns: int
     has_parameters: bool
+    value: int
 
 
 def clips(network: Network) -> dict[str, Clip]:
@@ -52,6 +54,7 @@ def clips(network: Network) -> dict[str, Clip]:
             network.site(step.outputs[0]),
             len(steps.axes(step.path)),
             bool(steps.origins[value].parameters),
+            value,
         )
         for name, (step, value) in found.items()
         if (operand := steps.sites[value]) is not None
@@ -59,12 +62,18 @@ def clips(network: Network) -> dict[str, Clip]:
 
 
 def between_layers(network: Network, located: Iterable[Located]) -> dict[str, Clip]:
-    """Keeps the clips behind parameters that are no part of a layer's nonlinearity."""
+    """Keeps the clips behind parameters that are no part of a layer's nonlinearity.
+
+    Nor those of a value that is used beside them: a gradient passes there, as in the
+    Huber loss.
+    """
     inside = {step.path for one in located for s in one.stages for step in s.steps}
+    steps = [step for step in network.steps.steps if not step.is_opened]
+    uses = Counter(value for step in steps for value in {*step.inputs})
     return {
         name: clip
         for name, clip in clips(network).items()
-        if clip.has_parameters and clip.step.path not in inside
+        if clip.has_parameters and clip.step.path not in inside and uses[clip.value] < 2
     }
 
 
@@ -95,11 +104,10 @@ def without_clips(fn: Callable, names: Collection[str]) -> Callable:
 
     def run(params: Params, *rest: PyTree) -> PyTree:
         network = inspect(fn, params, *rest)
-        own = network.steps.own_derivative
         chosen = [
             clip
             for name, clip in clips(network).items()
-            if name in names and own.isdisjoint(_prefixes(clip.step.path))
+            if name in names and not has_own_derivative(network, clip.step.path)
         ]
         inline = frozenset(inlined(network, chosen))
         taps = Taps(write=_passing(chosen), inline=inline)
@@ -109,10 +117,6 @@ def without_clips(fn: Callable, names: Collection[str]) -> Callable:
         return jax.tree.unflatten(structure, outputs)
 
     return run
-
-
-def _prefixes(path: Path) -> list[Path]:
-    return [path[:depth] for depth in range(1, len(path))]
 
 
 def _passing(chosen: Iterable[Clip]) -> Mapping[Site, Callable[[Array], Array]]:
@@ -130,16 +134,8 @@ def _passing(chosen: Iterable[Clip]) -> Mapping[Site, Callable[[Array], Array]]:
             return kept[0]
 
         for site, function in ((clip.operand, keep), (clip.result, hand_on)):
-            write[site] = _then(write.get(site), function)
+            chain(write, site, function)
     return write
-
-
-def _then(
-    earlier: Callable[[Array], Array] | None, function: Callable[[Array], Array]
-) -> Callable[[Array], Array]:
-    if earlier is None:
-        return function
-    return lambda value: function(earlier(value))
 
 
 def _bounded(network: Network) -> Iterator[tuple[Step, int]]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nnsanity._tree import in_float32
 from nnsanity._types import Array, Params
 from nnsanity.tracing.layers import Located, Network
 from nnsanity.tracing.steps import ARGUMENTS, Site
@@ -108,7 +109,7 @@ def expanding_writes(
 
     def add(sums: Array) -> Array:
         rows = jnp.moveaxis(added, plan.part.axis, 0)
-        columns = plan.columns(found["column"].astype(rows.dtype))
+        columns = plan.columns(in_float32(found["column"]))
         more = (columns.astype(rows.dtype) @ rows)[:, : located.layer.units]
         more = more if located.axes == (1,) else more.T
         return sums + more.astype(sums.dtype)

@@ -84,7 +84,7 @@ def replaced(
             for site, function in expanding_writes(
                 first, network, expanded, rows, position=position
             ):
-                _chain(write, site, function)
+                chain(write, site, function)
         for located, stages in pairs:
             replacement = replacements.get(located.layer.name)
             if replacement is not None:
@@ -97,7 +97,7 @@ def replaced(
             operand = found[wider.units.layer].operand
             inline |= _straddled(network, (operand, *starts))
             for site, function in wide_writes(found, network, wider, added):
-                _chain(write, site, function)
+                chain(write, site, function)
         for value in penalties(network):
             write[network.site(value)] = lambda penalty: penalty * penalty_scale
         leaves = jax.tree.leaves((params, *rest))
@@ -115,14 +115,15 @@ def matched(network: Network, blueprint: Network) -> Iterator[tuple[Located, tup
     planned = {located.layer.name: located for located in blueprint.layers}
     for located in network.layers:
         plan = planned.get(located.layer.name)
-        if plan is None or _has_own_derivative(network, located.step.path):
+        if plan is None or has_own_derivative(network, located.step.path):
             continue
         stages = located.stages[: len(plan.stages)]
         if [stage.kind for stage in stages] == [stage.kind for stage in plan.stages]:
             yield located._replace(activation=plan.activation), stages
 
 
-def _has_own_derivative(network: Network, path: tuple[int, ...]) -> bool:
+def has_own_derivative(network: Network, path: tuple[int, ...]) -> bool:
+    """Tells whether a place lies in a call whose derivative the user wrote."""
     prefixes = {path[:depth] for depth in range(1, len(path))}
     return not prefixes.isdisjoint(network.steps.own_derivative)
 
@@ -163,10 +164,10 @@ def _add_writes(
         return replacement.combine(LayerValues(values.get("entering"), before, after))
 
     if entering is not None:
-        _chain(write, entering, keep_entering)
+        chain(write, entering, keep_entering)
     if located.activation is not None:
-        _chain(write, network.site(located.before), keep_before)
-    _chain(write, network.site(located.after), combine)
+        chain(write, network.site(located.before), keep_before)
+    chain(write, network.site(located.after), combine)
 
 
 def _straddled(network: Network, values: Sequence[int]) -> set[Path]:
@@ -185,7 +186,7 @@ def straddled(sites: Sequence[Site]) -> set[Path]:
     return {path for path in paths if not all(path in one for one in prefixes)}
 
 
-def _chain(
+def chain(
     write: dict[Site, Callable[[Array], Array]],
     site: Site,
     function: Callable[[Array], Array],

@@ -19,6 +19,8 @@ from nnsanity.trials.trial import Outcome, Trial, mid_descent
 NAME = "noise_scale"
 MIN_FALL = 0.1
 """Share of its start by which a loss must have fallen to call it a descent."""
+MIDDLE = (0.2, 0.8)
+"""Share of its fall that lies behind a loss in the midst of it."""
 
 
 def measure_batch_noise(
@@ -46,6 +48,9 @@ def measure_batch_noise(
     order = np.random.default_rng(0).permutation(problem.size)
     rows = jnp.asarray(order[:MAX_MEASURED])
     batch = problem.batch(rows)
+    fallen = (losses[0] - float(outcomes[1].losses[middle])) / (losses[0] - lowest)
+    if not MIDDLE[0] <= fallen <= MIDDLE[1]:
+        return _not_told("the loss falls too fast to be seen half-way down")
     noise = attempted(
         skipped,
         NAME,
@@ -61,8 +66,8 @@ def measure_batch_noise(
     places = attempted(skipped, "averaged_terms", lambda: _most_used(problem))
     findings = judge_noise(
         noise,
-        batch_size=problem.batch_size,
-        num_examples=problem.size,
+        batch_size=problem.given.batch_size,
+        num_examples=problem.given.num_examples,
         step=step,
         places=places or ("", 0.0),
     )
@@ -70,7 +75,7 @@ def measure_batch_noise(
 
 
 def _not_told(reason: str) -> Dynamics:
-    return Dynamics((), {}, {"batch-size/suggested": reason})
+    return Dynamics((), {}, {NAME: reason})
 
 
 def _reason(noise: NoiseScale, num_examples: int, step: int) -> str:

@@ -26,7 +26,9 @@ def batch_repairs(
     given = problem.given
     if noisy is None and not batch_size.suspected(given.batch_size, given.num_examples):
         return ()
-    size = batch_size.USUAL if noisy is None else int(noisy.limit)
+    size = batch_size.USUAL
+    if noisy is not None:
+        size = batch_size.suggested_size(noisy.limit, problem.size)
     return (
         Repair(
             f"batches of {size}",

@@ -1,7 +1,9 @@
 """A repair of the clips that block nearly every gradient: leaving them out."""
 
+from collections.abc import Mapping
+
 from nnsanity.checks import gradients
-from nnsanity.findings import listed
+from nnsanity.findings import Finding, listed
 from nnsanity.tracing.clips import without_clips
 from nnsanity.tracing.layers import inspect
 from nnsanity.tracing.replace import output_layer
@@ -10,22 +12,24 @@ from nnsanity.trials.measure import some_examples
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.repairs import Repair
 
+RULE = "gradients/blocked-share"
 
-def clip_repairs(problem: Problem) -> tuple[Repair, ...]:
+
+def clip_repairs(
+    problem: Problem, suspected: Mapping[str, Finding]
+) -> tuple[Repair, ...]:
     """Lists the clips to leave out, all at once, where some block nearly everything."""
-    if not problem.network.layers:
+    if RULE not in suspected:
         return ()
     blocked = measure_network(problem, some_examples(problem)).blocked
     found = gradients.judge_blocked_share(blocked)
-    if not found:
-        return ()
     names = frozenset(one.where for one in found)
     return (
         Repair(
             f"leaving out the bound at {listed(sorted(names))}",
             "clips",
             lambda copy, key: copy,
-            ("gradients/blocked-share",),
+            (RULE,),
             found[0],
             rewrite=lambda one: _without(one, names),
         ),

@@ -29,7 +29,7 @@ def every_repair(
     skipped |= not_widened(problem)
     return (
         *inner_repairs(problem),
-        *clip_repairs(problem),
+        *clip_repairs(problem, suspected),
         *available_repairs(problem),
         *batch_repairs(problem, suspected),
         *data_repairs(problem),

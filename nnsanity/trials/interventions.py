@@ -28,7 +28,7 @@ from nnsanity.trials.every_repair import combinations, every_repair
 from nnsanity.trials.levels import FAILED, LEARNED, curve_of, last, level_of, unit_of
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.repairs import Repair
-from nnsanity.trials.seeds import NUM_SEEDS, keys_of
+from nnsanity.trials.seeds import keys_of
 from nnsanity.trials.trial import (
     Outcome,
     Trial,
@@ -384,7 +384,7 @@ def _effect(lab: _Lab, repair: Repair, before: Arm, after: Arm, gain: float) -> 
         to_unit(after.level),
         measure,
         _trial_of(lab, after.repairs).num_steps,
-        NUM_SEEDS,
+        min(len(before.levels), len(after.levels)),
         gain,
         needed_gain(before, after),
         bool(before.repairs),

@@ -1,6 +1,11 @@
 import pytest
 
-from nnsanity.checks.batch_size import judge_noise, suspected, wrong_size
+from nnsanity.checks.batch_size import (
+    judge_noise,
+    suggested_size,
+    suspected,
+    wrong_size,
+)
 from nnsanity.quantities.noise_estimate import NoiseScale
 
 
@@ -57,7 +62,9 @@ def test_noise(scale, error, batch_size, rule, size):
     )
     assert (found.rule, found.item) == (f"batch-size/{rule}", 5)
     assert (found.severity, found.where) == ("info", "batch_size")
-    assert (found.measured, found.limit) == (batch_size, size)
+    assert found.measured == batch_size
+    assert found.limit == max(4 * (scale + 2 * error), 32)
+    assert suggested_size(found.limit, 1000) == size
     assert "After 7 steps" in found.message
     assert f"standard error {error:g}" in found.message
     assert f"p to {size} a" in found.advice or f"batches of {size} or" in found.advice

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from nnsanity.tracing.clips import clips, without_clips
+from nnsanity.tracing.clips import between_layers, clips, without_clips
 from nnsanity.tracing.layers import inspect
 
 RNG = np.random.default_rng(0)
@@ -71,6 +72,14 @@ def test_only_those_that_are_named():
         without_clips(fn, {first})(W, X), made + jnp.maximum(made, 0.2), rtol=1e-5
     )
     np.testing.assert_array_equal(without_clips(fn, {"elsewhere"})(W, X), fn(W, X))
+
+
+@pytest.mark.parametrize("bound", [optax.huber_loss, lambda e: jnp.minimum(e, 0.1)])
+def test_a_value_that_is_used_beside_its_bound_is_not_blocked(bound):
+    network = inspect(lambda w, x: jnp.sum(bound(jnp.abs(x @ w - x))), W, X)
+    assert clips(network)
+    found = between_layers(network, network.layers)
+    assert bool(found) is (bound is not optax.huber_loss)
 
 
 def test_a_derivative_of_the_users_own_is_kept():

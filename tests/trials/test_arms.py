@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nnsanity.trials.arms import Arm, helps
+from nnsanity.trials.arms import MIN_GAIN_BY_CHANCE, Arm, helps, needed_gain
 
 
 def arm(*levels):
@@ -32,3 +32,16 @@ def test_helps(before, after, expected):
 def test_what_is_memorized_does_not_count():
     after = arm(0.9, 0.9, 0.9)._replace(held_out=np.full(3, 0.4))
     assert not helps(arm(0.4, 0.4, 0.4), after)
+
+
+class Group:
+    def __init__(self, group):
+        self.group = group
+
+
+@pytest.mark.parametrize("group", ["rate", "weights", "loss", "batch"])
+def test_what_nearly_every_program_gains_from_has_to_bring_more(group):
+    before, after = arm(0.85), arm(1.0)._replace(repairs=(Group(group),))
+    assert needed_gain(before, after) == MIN_GAIN_BY_CHANCE
+    assert not helps(before, after)
+    assert helps(before, after._replace(repairs=(Group("inputs"),)))

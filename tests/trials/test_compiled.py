@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import nnsanity as ns
+from nnsanity.trials.compiled import drop_compiled
 
 X = jax.random.normal(jax.random.key(0), (64, 2))
 MAPS = Path("/proc/self/maps")
@@ -35,3 +36,11 @@ def test_checkups_of_many_programs_take_no_more_and_more_memory_maps():
         )
         counts.append(MAPS.read_text().count("\n"))
     assert counts[2] - counts[1] < 100
+
+
+def test_functions_that_check_their_arguments_first_forget_as_well():
+    ns.outliers(X)
+    compiled = ns.outliers.__wrapped__
+    assert compiled._cache_size() > 0
+    drop_compiled()
+    assert compiled._cache_size() == 0

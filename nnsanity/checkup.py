@@ -46,7 +46,6 @@ from nnsanity.trials.measure import (
     training_noise,
     wants_other_units,
 )
-from nnsanity.trials.outlying import examples_in_words
 from nnsanity.trials.problem import BATCH_SIZE, Problem, checked_problem
 from nnsanity.trials.seeds import typical_first
 from nnsanity.trials.trial import prepare
@@ -387,7 +386,7 @@ def _summary(problem: Problem, diagnosis: Diagnosis | None, book: _Book) -> str:
     )
     return (
         f"The network {verdict}: {measure} {to_unit(level):.2f} after"
-        f" {diagnosis.num_steps} steps on {examples_in_words(problem)}, the mean of"
+        f" {diagnosis.num_steps} steps on {problem.size_in_words}, the mean of"
         f" those trained on and others.{_errors(book)}"
     )
 

@@ -27,7 +27,7 @@ from nnsanity.tracing.expand import Expansion, expandable, reads_inputs
 from nnsanity.tracing.layers import inspect
 from nnsanity.tracing.replace import matched
 from nnsanity.tracing.widen import Part
-from nnsanity.trials.outlying import inner_range, range_of_targets
+from nnsanity.trials.outlying import inner_range
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.repairs import Repair, standardizing
 
@@ -78,7 +78,7 @@ def _target_clipping(problem: Problem) -> tuple[Repair, ...]:
     What it changes is told by all other examples: those with outlying targets do not
     count, neither in the original nor in any copy.
     """
-    found = range_of_targets(problem)
+    found = problem.slips
     if found is None:
         return ()
     moments = feature_moments(found.clipped(problem.targets))

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnsanity._tree import in_float32, num_examples
+from nnsanity._tree import in_float32
 from nnsanity._types import Array, PyTree
 from nnsanity.checks import normalization
 from nnsanity.quantities.moments import feature_moments, z_scores
 from nnsanity.quantities.neighbors import nearest_neighbors
 from nnsanity.quantities.outliers import Outliers, outliers
-from nnsanity.trials.problem import Problem
 
 MAX_NUMBERS = 2**23
 """Numbers of a table up to which outliers are looked for."""
@@ -24,6 +23,11 @@ MAX_ASKED = 64
 ALIKE = 0.5
 """Share of outlying examples with a neighbour that is one too, from which on inputs
 tell which they are; one in a hundred by chance."""
+BEYOND = 0.05
+"""Share of all others that lie as far at one end of a column as outlying examples do,
+up to which that column sets these apart; half of them by chance."""
+CHANCE = 1e-3
+"""Probability with which a column that says nothing may set them apart."""
 
 
 class InnerRange(NamedTuple):
@@ -40,15 +44,23 @@ class InnerRange(NamedTuple):
     high: Array
 
     def clipped(self, values: Array) -> Array:
-        """Clips values of [examples, ..., features]."""
-        rows = values.reshape(len(values), -1)
-        clipped = jnp.clip(rows, self.low, self.high)
-        return clipped.reshape(values.shape).astype(values.dtype)
+        """Clips values of [examples, ..., features]; those inside stay as they are."""
+        rows = jnp.reshape(values, (len(values), -1))
+        low, high = (end.astype(rows.dtype) for end in (self.low, self.high))
+        is_low, is_high = self._beyond(rows)
+        clipped = jnp.where(is_low, low, jnp.where(is_high, high, rows))
+        return clipped.reshape(values.shape)
 
     def outside(self, values: Array) -> np.ndarray:
         """Tells which examples have a value outside, bool[examples]."""
         rows = jnp.reshape(values, (len(values), -1))
-        return np.asarray(jnp.any((rows < self.low) | (rows > self.high), axis=1))
+        is_low, is_high = self._beyond(rows)
+        return np.asarray(jnp.any(is_low | is_high, axis=1))
+
+    def _beyond(self, rows: Array) -> tuple[Array, Array]:
+        """Tells which values lie below and above, as rounded as the ends are."""
+        rounded = rows.astype(self.low.dtype)
+        return rounded < self.low, rounded > self.high
 
 
 def inner_range(values: Array) -> InnerRange | None:
@@ -70,60 +82,67 @@ def inner_range(values: Array) -> InnerRange | None:
     )
 
 
-def range_of_targets(problem: Problem) -> InnerRange | None:
+def range_of_targets(inputs: PyTree, targets: Array) -> InnerRange | None:
     """Finds the range of the targets without a few that look like slips.
 
-    None where there are none, where it would be many examples, and where examples with
-    alike inputs are outlying too: then they are what has to be learned.
+    None where there are none, where it would be many examples, and where the inputs
+    tell which they are: then they are what has to be learned.
 
     Args:
-        problem: whose targets.
+        inputs: tree of [examples, ...].
+        targets: [examples, ...], numbers.
     """
-    found = inner_range(problem.targets) if problem.kind == "numbers" else None
+    found = inner_range(targets)
     if found is None:
         return None
-    outside = found.outside(problem.targets)
-    if outside.mean() >= MOST_LEFT_OUT or _inputs_tell(problem.inputs, outside):
+    outside = found.outside(targets)
+    if outside.mean() >= MOST_LEFT_OUT or _inputs_tell(inputs, outside):
         return None
     return found
 
 
 def _inputs_tell(inputs: PyTree, outside: np.ndarray) -> bool:
-    """Tells whether the nearest neighbours of outlying examples are outlying too."""
+    """Tells whether inputs say which examples are outlying.
+
+    Where their nearest neighbours are outlying too, as in a class of its own, or where
+    they lie at one end of a column, or about its centre, or at both ends.  At the end
+    of a tail nobody has near neighbours, least of all among many columns.
+    """
     leaves = [in_float32(leaf) for leaf in jax.tree.leaves(inputs)]
-    if sum(leaf.size for leaf in leaves) > MAX_NUMBERS or outside.sum() < 2:
+    if sum(leaf.size for leaf in leaves) > MAX_NUMBERS:
         return False
     rows = jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
     rows = z_scores(rows, feature_moments(rows))
     asked = jnp.asarray(np.flatnonzero(outside)[:MAX_ASKED], jnp.int32)
+    if bool(jnp.any(_sets_apart(rows, asked, jnp.asarray(outside)))):
+        return True
+    if len(asked) < 2:
+        return False
     nearest = np.asarray(nearest_neighbors(rows, asked, num_neighbors=1))[:, 0]
     return bool(outside[nearest].mean() >= ALIKE)
 
 
-def outlying_targets(problem: Problem, targets: PyTree) -> np.ndarray:
-    """Tells which examples do not count where trainings are compared.
+@jax.jit
+def _sets_apart(rows: Array, asked: Array, outside: Array) -> Array:
+    """Tells which columns, from which side, set outlying examples apart.
 
-    Those whose targets look like slips: they decide what a network explains of the
-    targets' variance, whatever it learned of all others.
-
-    Args:
-        problem: in whose targets they are found.
-        targets: its own, or those of a validation set.
+    By the shares of all others at least as far out, one for each outlying example: even
+    where the column says nothing, so that the sum of their logarithms follows a gamma
+    distribution (Fisher 1925).
 
     Returns:
-        bool[examples].
+        bool[4 * features].
     """
-    found = range_of_targets(problem)
-    if found is not None:
-        return found.outside(targets)
-    leaves = jax.tree.leaves(targets)
-    return np.zeros(num_examples(leaves) if leaves else problem.size, bool)
 
+    def beyond(one: Array) -> Array:
+        sides = [rows, -rows, jnp.abs(rows), -jnp.abs(rows)]
+        # What can't be compared is no sign.
+        is_nearer = jnp.concatenate([side < side[one] for side in sides], axis=1)
+        return 1 - jnp.mean(is_nearer, axis=0, where=~outside[:, None])
 
-def examples_in_words(problem: Problem) -> str:
-    """Says how many examples a trial is about."""
-    size, num_given = problem.size, problem.given.num_examples
-    words = f"{size:,} of the {num_given:,}" if size < num_given else f"{size}"
-    left_out = int(outlying_targets(problem, problem.targets).sum())
-    rest = f" ({left_out} with outlying targets do not count)" if left_out else ""
-    return f"{words} examples{rest}"
+    shares = jax.lax.map(beyond, asked)
+    least = 1 / jnp.sum(~outside)
+    surprise = -jnp.sum(jnp.log(jnp.maximum(shares, least)), axis=0)
+    chance = jax.scipy.special.gammaincc(jnp.float32(len(asked)), surprise)
+    is_rare = chance * shares.shape[1] < CHANCE
+    return is_rare & (jnp.mean(shares, axis=0) <= BEYOND)

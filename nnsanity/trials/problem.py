@@ -21,6 +21,7 @@ from nnsanity.tracing.expand import Expansion
 from nnsanity.tracing.layers import Located, Network, inspect
 from nnsanity.tracing.replace import output_layer
 from nnsanity.tracing.widen import Widening
+from nnsanity.trials.outlying import InnerRange, range_of_targets
 
 BATCH_SIZE = 32
 """Examples in one step where nothing is said."""
@@ -60,6 +61,7 @@ class Problem(NamedTuple):
         tokens: whether integer inputs are look-up indices.
         groups: the group of each input feature, or None.
         given: how many examples the user has, and in one step.
+        target_range: of the targets without a few that look like slips, or None.
         wider: a layer that copies have more units of, or None.
         expanded: a column of the inputs that copies feed as several, or None.
         usual_loss: whether copies train on the loss that such targets usually go with.
@@ -81,6 +83,7 @@ class Problem(NamedTuple):
     tokens: bool
     groups: tuple[int, ...] | None
     given: Given
+    target_range: InnerRange | None = None
     wider: Widening | None = None
     expanded: Expansion | None = None
     usual_loss: bool = False
@@ -90,9 +93,52 @@ class Problem(NamedTuple):
         """Number of examples."""
         return num_examples(self.inputs)
 
+    @property
+    def size_in_words(self) -> str:
+        """How many examples a trial is about."""
+        size, num_given = self.size, self.given.num_examples
+        words = f"{size:,} of the {num_given:,}" if size < num_given else f"{size}"
+        left_out = int(self.left_out(self.targets).sum())
+        rest = f" ({left_out} with outlying targets do not count)" if left_out else ""
+        return f"{words} examples{rest}"
+
     def batch(self, rows: Array | slice) -> tuple[PyTree, PyTree]:
         """Selects examples."""
         return take_examples((self.inputs, self.targets), rows)
+
+    @property
+    def slips(self) -> InnerRange | None:
+        """The range of the targets without slips, where outputs are compared with them.
+
+        None where nothing lies outside of it.
+        """
+        return self.target_range if self.kind == "numbers" else None
+
+    def left_out(self, targets: PyTree) -> np.ndarray:
+        """Tells which examples do not count where trainings are compared.
+
+        Those whose targets look like slips: they decide what a network explains of the
+        targets' variance, whatever it learned of all others.
+
+        Args:
+            targets: the problem's own, or those of a validation set.
+
+        Returns:
+            bool[examples].
+        """
+        if self.slips is not None:
+            return self.slips.outside(targets)
+        leaves = jax.tree.leaves(targets)
+        return np.zeros(num_examples(leaves) if leaves else self.size, bool)
+
+    def counting(self, batch: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        """Returns a batch as long as a given one, of examples that count.
+
+        Args:
+            batch: the first examples.
+        """
+        rows = np.flatnonzero(~self.left_out(self.targets))
+        return self.batch(rows[: num_examples(batch)])
 
 
 def checked_problem(
@@ -153,6 +199,7 @@ def checked_problem(
         _check_loss(train_loss_fn, params, batch, key, name="train_loss_fn")
     network = inspect(apply_fn, params, batch[0])
     first = network.layers[0].layer.kind if network.layers else ""
+    kind = kind_of_targets(outputs, targets)
     return Problem(
         apply_fn,
         loss_fn,
@@ -166,10 +213,11 @@ def checked_problem(
         held_out,
         network,
         output_layer(network),
-        kind_of_targets(outputs, targets),
+        kind,
         first == "embedding",
         None if groups is None else tuple(int(group) for group in groups),
         given,
+        range_of_targets(inputs, targets) if kind == "numbers" else None,
     )
 
 

@@ -22,7 +22,7 @@ from nnsanity.trials.copies import (
     prepared,
     quiet_loss_of,
 )
-from nnsanity.trials.outlying import outlying_targets
+from nnsanity.trials.outlying import MOST_LEFT_OUT
 from nnsanity.trials.problem import Problem
 
 HELD_OUT_SHARE = 0.2
@@ -93,7 +93,7 @@ def prepare(problem: Problem, key: Array, *, num_steps: int, batch_size: int) ->
     batch_size = min(batch_size, len(seen))
     marks = min(NUM_MARKS, num_steps)
     per_mark = num_steps // marks
-    counts = ~outlying_targets(problem, problem.targets)
+    counts = ~problem.left_out(problem.targets)
     rows = (seen, *(some[counts[some]][:MAX_EVALUATED] for some in (seen, held_out)))
     train = functools.partial(
         jax.jit(functools.partial(_train, problem, batch_size, marks, per_mark)),
@@ -105,10 +105,15 @@ def prepare(problem: Problem, key: Array, *, num_steps: int, batch_size: int) ->
 
 
 def _validation(problem: Problem) -> tuple[PyTree, PyTree] | None:
-    """Returns the validation data that are evaluated."""
+    """Returns the validation data that are evaluated.
+
+    All of them where many lie outside the range of the training targets: these are no
+    slips but a split from elsewhere, or in another unit.
+    """
     if problem.validation is None:
         return None
-    counts = ~outlying_targets(problem, problem.validation[1])
+    left_out = problem.left_out(problem.validation[1])
+    counts = ~left_out | (left_out.mean() >= MOST_LEFT_OUT)
     return take_examples(problem.validation, np.flatnonzero(counts)[:MAX_EVALUATED])
 
 

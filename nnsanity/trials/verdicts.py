@@ -86,7 +86,7 @@ def _errors(problem: Problem, outcome: Outcome) -> dict[str, Any]:
     """Measures the errors after training, in the unit of the targets."""
     if problem.kind != "numbers":
         return {}
-    inputs, targets = some_examples(problem)
+    inputs, targets = problem.counting(some_examples(problem))
     outputs = jax.jit(problem.apply_fn)(outcome.params, inputs)
     return {"constant_baseline": constant_baseline(outputs, targets)}
 
@@ -161,7 +161,7 @@ def _contradictions(problem: Problem, measured: dict) -> tuple[Finding, ...]:
 
 
 def _wrong_loss(problem: Problem, diagnosis: Diagnosis) -> tuple[Finding, ...]:
-    batch = few_examples(problem)
+    batch = problem.counting(few_examples(problem))
     return results.judge_wrong_loss(
         perfect=perfect_loss(problem, batch),
         reached=data_loss(problem, diagnosis.outcomes[0].params, batch),

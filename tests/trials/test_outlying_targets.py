@@ -8,12 +8,7 @@ import pytest
 from nnsanity.quantities.targets import quality
 from nnsanity.trials.copies import OFF
 from nnsanity.trials.data_repairs import data_repairs
-from nnsanity.trials.outlying import (
-    examples_in_words,
-    inner_range,
-    outlying_targets,
-    range_of_targets,
-)
+from nnsanity.trials.outlying import inner_range
 from nnsanity.trials.trial import with_data
 from tests.trials.test_data import INPUTS, NUMBERS, checkup, loud, rules
 from tests.trials.test_trial import KEY, problem_of, trial_of
@@ -76,7 +71,7 @@ def test_all_copies_are_compared_on_all_other_examples():
     options = {"data": data, "train_loss_fn": None, "validation": data}
     problem = problem_of(**options)
     trial = trial_of(**options)
-    left_out = outlying_targets(problem, problem.targets)
+    left_out = problem.left_out(problem.targets)
     assert np.flatnonzero(left_out).tolist() == [5]
     seen, seen_evaluated, held_out = trial.train.args[-1]
     assert len(seen) + len(held_out) + (5 not in seen) == 120
@@ -105,9 +100,9 @@ def test_all_copies_are_compared_on_all_other_examples():
 def test_targets_without_outliers_all_count():
     targets = np.delete(DATA_TARGETS, 5, axis=0)
     problem = problem_of(data=(np.delete(DATA_INPUTS, 5, axis=0), targets))
-    assert not outlying_targets(problem, problem.targets).any()
+    assert not problem.left_out(problem.targets).any()
     assert data_repairs(problem) == ()
-    assert examples_in_words(problem) == "119 examples"
+    assert problem.size_in_words == "119 examples"
 
 
 def test_rare_events_that_the_inputs_tell_of_count():
@@ -116,13 +111,13 @@ def test_rare_events_that_the_inputs_tell_of_count():
     targets = np.tanh(inputs @ [1, -1, 0.5])[:, None].astype(np.float32)
     targets[BROKEN] += 100
     slips = problem_of(data=(inputs, targets))
-    assert np.flatnonzero(outlying_targets(slips, slips.targets)).tolist() == BROKEN
+    assert np.flatnonzero(slips.left_out(slips.targets)).tolist() == BROKEN
     inputs[:, 2] = 0
     inputs[BROKEN, 2] = 1
     events = problem_of(data=(inputs, targets))
     assert inner_range(events.targets) is not None
-    assert range_of_targets(events) is None
-    assert examples_in_words(events) == "400 examples"
+    assert events.slips is None
+    assert events.size_in_words == "400 examples"
     assert data_repairs(events) == ()
 
 
@@ -140,7 +135,7 @@ def test_outliers_in_most_rows_are_no_exception():
     )
     assert problem.kind == "numbers"
     assert inner_range(problem.targets) is not None
-    assert not outlying_targets(problem, problem.targets).any()
+    assert not problem.left_out(problem.targets).any()
     assert data_repairs(problem) == ()
 
 

@@ -72,10 +72,20 @@ def column_codes(column: np.ndarray, targets: np.ndarray) -> Codes | None:
     means = np.bincount(group, targets) / counts
     within = np.mean((targets - means[group]) ** 2) * (size - 1) / (size - len(values))
     explained = 1 - within / max(targets.var(), 1e-30)
-    spread = np.average((means - targets.mean()) ** 2, weights=counts)
-    steps = np.mean(np.diff(means) ** 2) / max(2 * spread, 1e-30)
+    order = _order(means, counts)
     encoded = _out_of_fold_means(group, targets)
-    return Codes(len(values), float(explained), float(steps), encoded)
+    return Codes(len(values), float(explained), order, encoded)
+
+
+def _order(means: np.ndarray, counts: np.ndarray) -> float:
+    """Returns how much neighbours differ, in units of any two.
+
+    The mean of few examples is mostly noise: two count as what is known of both.
+    """
+    known = 1 / (1 / counts[:, None] + 1 / counts) * (1 - np.eye(len(counts)))
+    any_two = np.average((means[:, None] - means) ** 2, weights=known)
+    near = np.average(np.diff(means) ** 2, weights=known.diagonal(1))
+    return float(near / max(any_two, 1e-30))
 
 
 def _out_of_fold_means(group: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -1,3 +1,5 @@
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from nnsanity.checks.preprocessing import (
 )
 from nnsanity.quantities.columns import (
     CODE_RANGE,
+    CODE_SHARE,
     MIN_CYCLES,
     column_codes,
     column_cycle,
@@ -42,9 +45,23 @@ def test_codes_against_numpy():
     residual = targets - found.encoded
     within = residual @ residual / (400 - 12)
     assert found.explained == pytest.approx(1 - within / targets.var(ddof=1), rel=0.01)
-    spread = counts @ (means - targets.mean()) ** 2 / 400
-    steps = np.mean((means[1:] - means[:-1]) ** 2)
-    assert found.order == pytest.approx(steps / (2 * spread))
+    pairs = list(itertools.combinations(range(12), 2))
+    known = {(i, j): counts[i] * counts[j] / (counts[i] + counts[j]) for i, j in pairs}
+
+    def difference(some):
+        total = sum(known[i, j] * (means[i] - means[j]) ** 2 for i, j in some)
+        return total / sum(known[one] for one in some)
+
+    steps = [(i, i + 1) for i in range(11)]
+    assert found.order == pytest.approx(difference(steps) / difference(pairs))
+
+
+def test_rare_values_do_not_make_a_code():
+    column = np.append(np.repeat(np.arange(8.0), 100), np.arange(8.0, 24.0))
+    noise = np.random.default_rng(5).normal(size=len(column))
+    codes = column_codes(column, np.minimum(column, 8) + 3 * noise)
+    assert codes.explained > CODE_SHARE
+    assert codes.order < 0.3
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1, 1000])

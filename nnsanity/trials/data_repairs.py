@@ -37,7 +37,11 @@ MAX_EXPANDED = 4
 """Columns that are fed as several, each by a program of its own; what is suspected of
 more of them is tried by one number in their place."""
 MIN_SHARE = 0.3
-"""Share of what several columns of targets vary that lies in the one looked at."""
+"""How much the targets vary in the direction looked at, in units of that in which they
+vary most."""
+MIN_CODED = 2.0
+"""What the values of a column explain of the direction in which they differ most, in
+units of what they do of the targets of other examples."""
 
 
 def data_repairs(problem: Problem) -> tuple[Repair, ...]:
@@ -108,7 +112,7 @@ def _columns(problem: Problem) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """Lists the columns of a table, each with the targets as one column of numbers.
 
     Where targets have several columns, the one direction in which the column's values
-    differ most, if that is a good part of what the targets vary.
+    differ most, if that is a good part of what the targets vary in any direction.
     """
     inputs = problem.inputs
     is_table = isinstance(inputs, jax.Array) and inputs.ndim == 2 and not problem.tokens
@@ -118,13 +122,16 @@ def _columns(problem: Problem) -> list[tuple[int, np.ndarray, np.ndarray]]:
     targets = np.asarray(target_columns(problem.targets, problem.kind), np.float64)
     if len(targets) != len(table) or not np.isfinite(targets).all():
         return []
-    columns = [
-        (feature, table[:, feature], _one_column(table[:, feature], targets))
-        for feature in range(table.shape[1])
-        if np.isfinite(table[:, feature]).all()
-    ]
-    least = MIN_SHARE * targets.var(axis=0).sum()
-    return [one for one in columns if one[2].var() > least]
+    centred = targets - targets.mean(axis=0)
+    # Of balanced classes a direction holds as little as one part in all but one.
+    least = MIN_SHARE * np.linalg.norm(centred, 2) ** 2 / len(targets)
+    found: list[tuple[int, np.ndarray, np.ndarray]] = []
+    for feature, column in enumerate(table.T):
+        if np.isfinite(column).all():
+            along = _one_column(column, centred)
+            if along is not None and along.var() > least:
+                found.append((feature, column, along))
+    return found
 
 
 def _num_columns(problem: Problem) -> int:
@@ -135,23 +142,34 @@ def _num_columns(problem: Problem) -> int:
     return per_example * (int(problem.targets.max()) + 1)
 
 
-def _one_column(column: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Returns the one direction of the targets in which the column's values differ."""
+def _one_column(column: np.ndarray, targets: np.ndarray) -> np.ndarray | None:
+    """Returns the one direction of the targets in which the column's values differ.
+
+    None where chance does: among many directions there is one that the values of any
+    column explain.
+
+    Args:
+        column: [examples].
+        targets: [examples, columns], about their mean.
+    """
     if targets.shape[1] == 1:
         return targets[:, 0]
-    centred = targets - targets.mean(axis=0)
     values, group = np.unique(column, return_inverse=True)
-    if len(values) > len(column) // 8:
-        values, group = (
-            np.arange(12),
-            np.argsort(np.argsort(column)) * 12 // len(column),
-        )
-    group = group.reshape(-1)
-    sums = np.zeros((len(values), targets.shape[1]))
-    np.add.at(sums, group, centred)
-    counts = np.bincount(group, minlength=len(values)).clip(1)
-    direction = np.linalg.svd(sums / np.sqrt(counts)[:, None])[2][0]
-    return centred @ direction
+    is_coded = len(values) <= len(column) // 8
+    if not is_coded:
+        values = np.arange(12)
+        group = np.argsort(np.argsort(column)) * 12 // len(column)
+    scale = np.sqrt(np.bincount(group, minlength=len(values)).clip(1))[:, None]
+
+    def directions(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        sums = [np.bincount(group, one, minlength=len(values)) for one in rows.T]
+        return np.linalg.svd(np.stack(sums, axis=1) / scale, full_matrices=False)[1:]
+
+    sizes, found = directions(targets)
+    strangers = np.random.default_rng(0).permutation(targets)
+    if is_coded and sizes[0] ** 2 < MIN_CODED * directions(strangers)[0][0] ** 2:
+        return None
+    return targets @ found[0]
 
 
 class _Column(NamedTuple):
@@ -188,22 +206,32 @@ def _suspected(feature: int, column: np.ndarray, targets: np.ndarray) -> _Column
 
 def _column_repairs(problem: Problem) -> tuple[Repair, ...]:
     """Encodes a column otherwise that says more than its numbers do."""
-    repairs: list[Repair] = []
-    for feature, column, targets in _columns(problem):
-        found = _suspected(feature, column, targets)
-        if found is None:
-            cycle = column_cycle(column, targets)
-            if not cycle.explained > preprocessing.PERIOD_SHARE:
-                continue
-            finding = preprocessing.repeating_column(feature, cycle)
-            found = _Column(feature, finding, cycle.encoded, cycle.period)
-        num_expanded = sum(one.rewrite is not None for one in repairs)
-        part = _first_weight(problem) if num_expanded < MAX_EXPANDED else None
-        if part is None:
-            repairs.append(_in_one_number(problem.inputs, found))
-        else:
-            repairs.append(_expanded(problem, column, found, part))
-    return tuple(repairs)
+    columns = [
+        (column, found)
+        for feature, column, targets in _columns(problem)
+        if (found := _found(feature, column, targets)) is not None
+    ]
+    if not columns:
+        return ()
+    part = _first_weight(problem)
+    return tuple(
+        _in_one_number(problem.inputs, found)
+        if part is None or position >= MAX_EXPANDED
+        else _expanded(problem, column, found, part)
+        for position, (column, found) in enumerate(columns)
+    )
+
+
+def _found(feature: int, column: np.ndarray, targets: np.ndarray) -> _Column | None:
+    """Returns what a column is besides its numbers, asked more thoroughly."""
+    suspected = _suspected(feature, column, targets)
+    if suspected is not None:
+        return suspected
+    cycle = column_cycle(column, targets)
+    if not cycle.explained > preprocessing.PERIOD_SHARE:
+        return None
+    finding = preprocessing.repeating_column(feature, cycle)
+    return _Column(feature, finding, cycle.encoded, cycle.period)
 
 
 def _first_weight(problem: Problem) -> Part | None:

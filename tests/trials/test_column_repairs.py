@@ -6,7 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from nnsanity.trials.data_repairs import MAX_EXPANDED, data_repairs
+from nnsanity.tracing.layers import inspect
+from nnsanity.trials.data_repairs import (
+    MAX_EXPANDED,
+    column_suspicions,
+    data_repairs,
+)
 from nnsanity.trials.problem import checked_problem
 from nnsanity.trials.trial import prepare
 
@@ -26,17 +31,19 @@ def masked(params, x):
     return jnp.tanh(x @ (params["w"] * jnp.ones(8).at[0].set(0))) @ params["v"]
 
 
-def problem_of(apply_fn, columns, targets, optimizer=None):
+def problem_of(apply_fn, columns, targets, optimizer=None, loss_fn=None):
     inputs = np.stack(columns, axis=1).astype(np.float32)
+    targets = targets if loss_fn else targets[:, None].astype(np.float32)
+    width = int(targets.max()) + 1 if loss_fn else 1
     params = {
         "w": jnp.asarray(RNG.normal(size=(len(columns), 8)), jnp.float32),
-        "v": jnp.asarray(RNG.normal(size=(8, 1)), jnp.float32),
+        "v": jnp.asarray(RNG.normal(size=(8, width)), jnp.float32),
     }
     return checked_problem(
         apply_fn,
-        lambda p, b: jnp.mean((apply_fn(p, b[0]) - b[1]) ** 2),
+        loss_fn or (lambda p, b: jnp.mean((apply_fn(p, b[0]) - b[1]) ** 2)),
         params,
-        (inputs, targets[:, None].astype(np.float32)),
+        (inputs, targets),
         key=jax.random.key(0),
         optimizer=optimizer,
         batch_size=32,
@@ -95,3 +102,50 @@ def test_the_copy_starts_from_the_user_s_program_without_the_column():
     np.testing.assert_allclose(outcome.losses[0], start, rtol=1e-4)
     assert np.abs(outcome.params["w"][2:]).max() > 0
     np.testing.assert_array_equal(outcome.params["w"][0], problem.params["w"][0])
+
+
+def class_problem(columns, classes):
+    def loss_fn(params, batch):
+        logits = dense(params, batch[0])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+    return problem_of(dense, columns, classes, loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("num_classes", [3, 10])
+def test_a_code_that_decides_one_of_many_classes(num_classes):
+    """Of balanced classes each direction holds a small part of what they vary."""
+    codes, number = RNG.integers(0, 40, (2, SIZE))
+    class_of = RNG.permutation(np.arange(40) % num_classes)
+    columns = [number, OTHER, codes]
+    found = column_suspicions(class_problem(columns, class_of[codes]))
+    assert [(one.rule, one.where) for one in found] == [
+        ("preprocessing/categorical-code", "inputs, feature 2")
+    ]
+
+
+def test_a_number_that_decides_one_of_many_classes():
+    number = RNG.integers(0, 40, SIZE)
+    assert column_suspicions(class_problem([number, OTHER], number // 4)) == ()
+
+
+def test_chance_among_many_directions_makes_no_code():
+    for _ in range(10):
+        number, few, classes = (RNG.integers(0, most, SIZE) for most in (70, 20, 12))
+        assert column_suspicions(class_problem([number, few], classes)) == ()
+
+
+def test_the_program_is_read_once_for_all_columns(monkeypatch):
+    read = []
+
+    def counted(function, *args):
+        read.append(function)
+        return inspect(function, *args)
+
+    monkeypatch.setattr("nnsanity.trials.data_repairs.inspect", counted)
+    columns = [RNG.integers(0, 20, SIZE) for _ in range(3)]
+    problem = problem_of(dense, columns, sum(MEANS[one] for one in columns))
+    assert len(data_repairs(problem)) == 3
+    assert len(read) == 1
+    assert data_repairs(problem_of(dense, [OTHER, OTHER**2], OTHER)) == ()
+    assert len(read) == 1

@@ -105,8 +105,8 @@ def _inputs_tell(inputs: PyTree, outside: np.ndarray) -> bool:
     """Tells whether inputs say which examples are outlying.
 
     Where their nearest neighbours are outlying too, as in a class of its own, or where
-    they lie at one end of a column, or about its centre, or at both ends.  At the end
-    of a tail nobody has near neighbours, least of all among many columns.
+    they lie at one end of a column, or at both.  There nobody has near neighbours,
+    least of all among many columns.
     """
     leaves = [in_float32(leaf) for leaf in jax.tree.leaves(inputs)]
     if sum(leaf.size for leaf in leaves) > MAX_NUMBERS:
@@ -124,18 +124,18 @@ def _inputs_tell(inputs: PyTree, outside: np.ndarray) -> bool:
 
 @jax.jit
 def _sets_apart(rows: Array, asked: Array, outside: Array) -> Array:
-    """Tells which columns, from which side, set outlying examples apart.
+    """Tells which columns, at which end or both, set outlying examples apart.
 
     By the shares of all others at least as far out, one for each outlying example: even
     where the column says nothing, so that the sum of their logarithms follows a gamma
     distribution (Fisher 1925).
 
     Returns:
-        bool[4 * features].
+        bool[3 * features].
     """
 
     def beyond(one: Array) -> Array:
-        sides = [rows, -rows, jnp.abs(rows), -jnp.abs(rows)]
+        sides = [rows, -rows, jnp.abs(rows)]
         # What can't be compared is no sign.
         is_nearer = jnp.concatenate([side < side[one] for side in sides], axis=1)
         return 1 - jnp.mean(is_nearer, axis=0, where=~outside[:, None])

@@ -102,7 +102,7 @@ class Problem(NamedTuple):
         rest = f" ({left_out} with outlying targets do not count)" if left_out else ""
         return f"{words} examples{rest}"
 
-    def batch(self, rows: Array | slice) -> tuple[PyTree, PyTree]:
+    def batch(self, rows: Array | np.ndarray | slice) -> tuple[PyTree, PyTree]:
         """Selects examples."""
         return take_examples((self.inputs, self.targets), rows)
 

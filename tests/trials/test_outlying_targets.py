@@ -1,5 +1,7 @@
 """A few targets far from all others: named with their effect, and never by mistake."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,19 @@ import pytest
 from nnsanity.quantities.targets import quality
 from nnsanity.trials.copies import OFF
 from nnsanity.trials.data_repairs import data_repairs
-from nnsanity.trials.outlying import inner_range
-from nnsanity.trials.trial import with_data
+from nnsanity.trials.measure import perfect_loss, some_examples
+from nnsanity.trials.outlying import inner_range, range_of_targets
+from nnsanity.trials.trial import prepare, with_data
+from nnsanity.trials.verdicts import _errors, _wrong_loss
 from tests.trials.test_data import INPUTS, NUMBERS, checkup, loud, rules
-from tests.trials.test_trial import KEY, problem_of, trial_of
+from tests.trials.test_trial import (
+    KEY,
+    PARAMS,
+    apply_fn,
+    problem_of,
+    trial_of,
+    without_head,
+)
 
 BROKEN = [11, 222, 333]
 
@@ -119,6 +130,126 @@ def test_rare_events_that_the_inputs_tell_of_count():
     assert events.slips is None
     assert events.size_in_words == "400 examples"
     assert data_repairs(events) == ()
+
+
+SIDES = {
+    "right tail": lambda column: column,
+    "left tail": lambda column: -column,
+    "both tails": abs,
+}
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(("num_columns", "num_events"), [(4, 16), (50, 3)])
+def test_what_one_column_decides_is_no_slip(side, num_columns, num_events):
+    """Tail points have no near neighbours, least of all among many columns."""
+    rng = np.random.default_rng(num_columns)
+    inputs = rng.normal(size=(2000, num_columns)).astype(np.float32)
+    targets = inputs[:, :1] + 0.1 * rng.normal(size=(2000, 1)).astype(np.float32)
+    events = np.argsort(SIDES[side](inputs[:, 1]))[-num_events:]
+    found = range_of_targets(jnp.asarray(inputs), with_events(targets, events))
+    assert found is None
+    assert inner_range(with_events(targets, events)) is not None
+
+
+def with_events(targets, rows):
+    targets = targets.copy()
+    targets[rows] = 500
+    return jnp.asarray(targets)
+
+
+def test_chance_among_many_columns_does_not_excuse_slips():
+    for seed in range(9):
+        rng = np.random.default_rng(seed)
+        inputs = rng.normal(size=(300, 100)).astype(np.float32)
+        inputs[:, 50:] = inputs[:, 50:] > 2  # columns of flags
+        rows = rng.choice(300, 1 + seed % 3, replace=False)
+        targets = with_events(rng.normal(size=(300, 1)).astype(np.float32), rows)
+        found = range_of_targets(jnp.asarray(inputs), targets)
+        assert np.flatnonzero(found.outside(targets)).tolist() == sorted(rows)
+
+
+def test_clipping_keeps_integers_inside_as_they_are():
+    values = 2**24 + np.arange(-200, 200, dtype=np.int32)[:, None]
+    values[7] = 2**30
+    found = inner_range(jnp.asarray(values))
+    clipped = np.asarray(found.clipped(jnp.asarray(values)))
+    assert clipped.dtype == np.int32
+    np.testing.assert_array_equal(np.delete(clipped, 7), np.delete(values, 7))
+    assert clipped[7, 0] == pytest.approx(2**24 + 200, abs=2)
+
+
+SHIFTED = 100 * DATA_TARGETS[:50] + 3000
+
+
+@pytest.mark.parametrize(
+    ("validation", "num_left"), [(SHIFTED, 50), (DATA_TARGETS, 119)]
+)
+def test_a_validation_set_from_elsewhere_stays_whole(validation, num_left):
+    """It is no set of slips: a split in another unit, which is to be found."""
+    options = {
+        "data": (DATA_INPUTS, DATA_TARGETS),
+        "validation": (DATA_INPUTS[: len(validation)], validation),
+        "train_loss_fn": None,
+    }
+    trial = trial_of(**options)
+    assert len(trial.train.args[1][1]) == num_left
+    outcome = trial.train(trial.plain, KEY)
+    assert np.isfinite(outcome.validation_losses).all()
+
+
+def test_the_range_is_found_once(monkeypatch):
+    asked = []
+
+    def counted(values):
+        asked.append(values.shape)
+        return inner_range(values)
+
+    monkeypatch.setattr("nnsanity.trials.outlying.inner_range", counted)
+    monkeypatch.setattr("nnsanity.trials.data_repairs.inner_range", lambda values: None)
+    data = DATA_INPUTS, DATA_TARGETS
+    problem = problem_of(data=data, validation=data)
+    for rewritten in (problem, problem._replace(usual_loss=True)):
+        prepare(rewritten, KEY, num_steps=10, batch_size=8)
+        assert len(data_repairs(rewritten)) == 1
+        assert "(1 with" in rewritten.size_in_words
+    assert asked == [(120, 1)]
+
+
+def test_targets_that_are_not_compared_all_count():
+    problem = problem_of(data=(DATA_INPUTS, DATA_TARGETS))._replace(kind=None)
+    assert not problem.left_out(problem.targets).any()
+    assert data_repairs(problem) == ()
+
+
+def test_errors_are_those_of_the_examples_that_count():
+    problem = problem_of(data=(DATA_INPUTS, DATA_TARGETS), train_loss_fn=None)
+    inputs, targets = (np.delete(one, 5, axis=0) for one in (DATA_INPUTS, DATA_TARGETS))
+    found = _errors(problem, SimpleNamespace(params=PARAMS))["constant_baseline"]
+    errors = apply_fn(PARAMS, inputs) - targets
+    np.testing.assert_allclose(found.constant_error, targets.std(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(found.bias, errors.mean(axis=0), rtol=1e-4)
+
+
+def test_slips_make_no_loss_wrong():
+    """Outputs as large as a slip would be rated badly, by a loss that is right."""
+
+    def loss_fn(params, batch):
+        outputs = without_head(params, batch[0])
+        errors = jnp.clip(outputs - batch[1], -1, 1)
+        return jnp.mean(errors**2) + 1e-3 * jnp.mean(outputs**2)
+
+    problem = problem_of(
+        apply_fn=without_head,
+        loss_fn=loss_fn,
+        train_loss_fn=None,
+        data=(DATA_INPUTS, DATA_TARGETS),
+    )
+    flat = jax.tree.map(jnp.zeros_like, PARAMS)
+    start = problem._replace(params=flat | {"b": 3 * jnp.ones(1)})
+    diagnosis = SimpleNamespace(outcomes=[SimpleNamespace(params=flat)], level=0.0)
+    assert perfect_loss(problem, some_examples(problem)) > 100
+    assert _wrong_loss(start, diagnosis) == ()
 
 
 def test_outliers_in_most_rows_are_no_exception():

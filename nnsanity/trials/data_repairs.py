@@ -116,7 +116,9 @@ def _columns(problem: Problem) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """
     inputs = problem.inputs
     is_table = isinstance(inputs, jax.Array) and inputs.ndim == 2 and not problem.tokens
-    if not is_table or problem.kind is None or _num_columns(problem) > MAX_COLUMNS:
+    if not is_table or jnp.iscomplexobj(inputs):
+        return []
+    if problem.kind is None or _num_columns(problem) > MAX_COLUMNS:
         return []
     table = np.asarray(inputs[:, :MAX_FEATURES], np.float64)
     targets = np.asarray(target_columns(problem.targets, problem.kind), np.float64)

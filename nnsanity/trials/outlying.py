@@ -64,12 +64,14 @@ class InnerRange(NamedTuple):
 
 
 def inner_range(values: Array) -> InnerRange | None:
-    """Finds a few rows that lie apart; None where there are none, or it is too large.
+    """Finds a few rows that lie apart; None where there are none.
+
+    Neither are they looked for in complex numbers, nor where the table is too large.
 
     Args:
         values: [examples, ...].
     """
-    if values.size > MAX_NUMBERS:
+    if values.size > MAX_NUMBERS or jnp.iscomplexobj(values):
         return None
     measured = outliers(values.reshape(len(values), -1))
     apart = normalization.lies_apart(measured)
@@ -108,7 +110,11 @@ def _inputs_tell(inputs: PyTree, outside: np.ndarray) -> bool:
     they lie at one end of a column, or at both.  There nobody has near neighbours,
     least of all among many columns.
     """
-    leaves = [in_float32(leaf) for leaf in jax.tree.leaves(inputs)]
+    parts = [
+        (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else leaf
+        for leaf in jax.tree.leaves(inputs)
+    ]
+    leaves = [in_float32(leaf) for leaf in jax.tree.leaves(parts)]
     if sum(leaf.size for leaf in leaves) > MAX_NUMBERS:
         return False
     rows = jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)

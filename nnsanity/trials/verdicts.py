@@ -140,7 +140,8 @@ def _overfitting(outcome: Outcome, findings: Sequence[Finding]) -> tuple[Finding
 
 def _columns(problem: Problem, targets: Array) -> Array | None:
     """Returns targets as one row for each example, where there is one."""
-    is_table = isinstance(problem.inputs, jax.Array)
+    inputs = problem.inputs
+    is_table = isinstance(inputs, jax.Array) and not np.iscomplexobj(inputs)
     if problem.kind is None or not is_table:
         return None
     numbers = targets.size

@@ -169,6 +169,28 @@ def test_chance_among_many_columns_does_not_excuse_slips():
         assert np.flatnonzero(found.outside(targets)).tolist() == sorted(rows)
 
 
+def test_complex_inputs_tell_by_their_parts():
+    rng = np.random.default_rng(0)
+    inputs = (rng.normal(size=(400, 4, 2)) @ [1, 1j]).astype(np.complex64)
+    numbers = inputs.real[:, :1]
+    slips = with_events(numbers, BROKEN)
+    found = range_of_targets(jnp.asarray(inputs), slips)
+    assert np.flatnonzero(found.outside(slips)).tolist() == BROKEN
+    events = with_events(numbers, np.argsort(inputs.imag[:, 1])[-4:])
+    assert range_of_targets(jnp.asarray(inputs), events) is None
+    broken = inputs.copy()
+    broken[7] = 1e6
+    weights = jnp.ones((4, 1), jnp.complex64)
+    problem = problem_of(
+        apply_fn=lambda params, x: (x @ params).real,
+        loss_fn=lambda params, b: jnp.mean(((b[0] @ params).real - b[1]) ** 2),
+        train_loss_fn=None,
+        params=weights,
+        data=(broken, numbers),
+    )
+    assert data_repairs(problem) == ()
+
+
 def test_clipping_keeps_integers_inside_as_they_are():
     values = 2**24 + np.arange(-200, 200, dtype=np.int32)[:, None]
     values[7] = 2**30

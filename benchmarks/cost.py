@@ -18,7 +18,7 @@ import networks
 import optax
 
 import nnsanity as ns
-from nnsanity.trials.inside import look_inside
+from nnsanity.trials.inside import packed_look
 
 TURNS = 60
 
@@ -100,7 +100,7 @@ def of_watching(name, case):
 
 def of_looking_inside(name, case):
     """Everything of items 8 to 11 in units of ``jax.value_and_grad``."""
-    look = functools.partial(look_inside, case.apply_fn, case.loss_fn)
+    look = functools.partial(packed_look, case.apply_fn, case.loss_fn)
     plain = compiled(jax.value_and_grad(case.loss_fn), case)
     again = compiled(jax.value_and_grad(case.loss_fn), case)
     inside = compiled(look, case)

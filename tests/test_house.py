@@ -10,6 +10,7 @@ PACKAGE = ROOT / "nnsanity"
 FOLDERS = ("nnsanity", "tests", "benchmarks", "examples")
 FLOORS = {
     "_types": 0,
+    "_packed": 0,
     "_tree": 0,
     "findings": 0,
     "tracing": 1,

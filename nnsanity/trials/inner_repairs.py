@@ -1,6 +1,7 @@
 """Repairs inside of a network: of its biases, and of the width of a layer."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,15 +48,41 @@ def _bias_repairs(problem: Problem) -> tuple[Repair, ...]:
     )
 
 
+class _Narrow(NamedTuple):
+    """The layers that all has to pass and that are narrower than the outputs need.
+
+    Attributes:
+        need: of the task.
+        widths: by layer.
+        narrowest: of these.
+    """
+
+    need: width.Need
+    widths: dict[str, int]
+    narrowest: Located
+
+
+def _narrow(problem: Problem) -> _Narrow | None:
+    need = need_of(problem)
+    if need is None:
+        return None
+    every = waists(problem.network)
+    widths = {name: one for name, one in every.items() if need.is_narrow(one)}
+    if not widths:
+        return None
+    name = min(widths, key=lambda one: widths[one])
+    layers = {one.layer.name: one for one in problem.network.layers}
+    return _Narrow(need, widths, layers[name])
+
+
 def _width_repairs(problem: Problem) -> tuple[Repair, ...]:
     """Widens the narrowest layer that all has to pass, if the outputs need more."""
-    need, widths = need_of(problem), waists(problem.network)
-    narrow = _narrowest(problem)
-    if need is None or narrow is None:
+    found = _narrow(problem)
+    if found is None:
         return ()
-    name = narrow.layer.name
-    units = max(need.guideline, width.WIDE_UNITS)
-    plan = widening(problem.network, narrow, more=units - narrow.layer.units)
+    one, name = found.narrowest, found.narrowest.layer.name
+    units = max(found.need.guideline, width.WIDE_UNITS)
+    plan = widening(problem.network, one, more=units - one.layer.units)
     if plan is None:
         return ()
 
@@ -68,38 +95,24 @@ def _width_repairs(problem: Problem) -> tuple[Repair, ...]:
             "hidden",
             widen,
             ("width/bottleneck",),
-            width.bottleneck(name, widths[name], need, math.nan),
+            width.bottleneck(name, found.widths[name], found.need, math.nan),
             rewrite=lambda one: one._replace(wider=plan),
         ),
     )
 
 
-def _narrowest(problem: Problem) -> Located | None:
-    """Finds the narrowest layer that all has to pass, if the outputs need more."""
-    need, widths = need_of(problem), waists(problem.network)
-    narrow = [
-        name for name in widths if need is not None and need.is_narrow(widths[name])
-    ]
-    if not narrow:
-        return None
-    name = min(narrow, key=lambda one: widths[one])
-    return next(one for one in problem.network.layers if one.layer.name == name)
-
-
 def not_widened(problem: Problem) -> dict[str, str]:
     """Says which narrow layers have no wider copy, and why."""
-    narrowest = _narrowest(problem)
-    if narrowest is None:
+    found = _narrow(problem)
+    if found is None:
         return {}
-    need, widths = need_of(problem), waists(problem.network)
-    name = narrowest.layer.name
-    reason = obstacle(problem.network, narrowest)
-    found = {
-        f"more units for {other}": f"only {name}, the narrowest layer, is made wider"
-        for other in widths
-        if need is not None and need.is_narrow(widths[other]) and other != name
-    }
-    return {f"more units for {name}": reason, **found} if reason else found
+    name = found.narrowest.layer.name
+    told = {f"more units for {name}": obstacle(problem.network, found.narrowest)}
+    for other in found.widths.keys() - {name}:
+        told[f"more units for {other}"] = (
+            f"only {name}, the narrowest layer, is made wider"
+        )
+    return {what: reason for what, reason in told.items() if reason}
 
 
 def _drawn(problem: Problem, plan: Widening, copy: Copy, key: Array) -> Params:

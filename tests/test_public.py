@@ -296,7 +296,7 @@ def test_sharded_over_the_batch_equals_unsharded():
         env=os.environ | flags,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert run.returncode == 0, run.stderr

@@ -208,7 +208,7 @@ def test_devices_are_microbatches():
         env=os.environ | flags,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert run.returncode == 0, run.stderr

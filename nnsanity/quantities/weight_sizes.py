@@ -210,7 +210,8 @@ def _signal(values: Array, one: Located) -> tuple[Array, Array]:
     return variance.astype(jnp.float32), spread.astype(jnp.float32)
 
 
-_ROUNDING = 1e-6
+_ROUNDING = 1e-5
+"""Of numbers of one size: what the mean of a few thousand of them may be off by."""
 WEIGHT_LOOKS = {
     "weight": Look(weight, _mean_square),
     "made": Look(lambda network, one: one.start, _mean_square),

@@ -51,7 +51,7 @@ def drawn_rows(plan, params):
 
 def assert_close(found, expected):
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
         found,
         expected,
     )

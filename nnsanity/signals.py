@@ -1,8 +1,7 @@
 """What passes through the layers: activations, and the gradients that come back."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.dtypes import float0
 
+from nnsanity._packed import Packed, packed
 from nnsanity._tree import in_float32, is_inexact
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree
 from nnsanity.quantities.units import dead_of, is_thresholded, never_active
@@ -65,47 +65,30 @@ FIELDS = (
 )
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("numbers", "stacks", "dead", "ran", "watched", "uninspected"),
-    meta_fields=("places",),
-)
-@dataclasses.dataclass(frozen=True)
-class Signals:
+class Signals(NamedTuple):
     """What passed through the layers in one step, by layer name.
 
     Layers inside of a scan over layers are stacked: one more axis of its length.  Turns
     of a loop with the same weights, such as time steps, count as more examples.  What
     the loss does with the outputs counts as the nonlinearity of the last layer.
 
-    A pytree of few arrays: each that a compiled step returns costs some microseconds,
-    whatever its size.
-
     Attributes:
-        preactivation_rms: float32[] by layer, root mean square of what enters the
-            nonlinearity.
-        activation_rms: float32[] by layer, of what leaves it.
-        preactivation_gradient_rms: float32[] by layer, of the gradient of the loss by
-            what enters the nonlinearity; 0 where nothing comes back.
-        activation_gradient_rms: float32[] by layer, by what leaves it.
+        packed: numbers by field and layer, of layers that are not stacked.
+        stacks: the same of stacked layers.
         dead: bool[units] by layer, units that a thresholding nonlinearity held at a
             flat end for every example; only layers that have one.
         ran: bool[] by layer, only layers inside of a branch or a while loop: False
             where that was not taken, then their numbers are 0.
         watched: bool[]; False where ``when`` was, then all the numbers are 0.
         uninspected: parameters that belong to no layer, and why.
-        numbers: float32[numbers], the four above, of layers that are not stacked.
-        stacks: those of stacked layers, by field and layer.
-        places: field and layer of each number.
     """
 
-    numbers: Array
+    packed: Packed
     stacks: dict[str, dict[str, Array]]
     dead: dict[str, Array]
     ran: dict[str, Array]
     watched: Array
     uninspected: Uninspected
-    places: tuple[tuple[str, str], ...]
 
     @classmethod
     def of(
@@ -118,36 +101,38 @@ class Signals:
         uninspected: Uninspected,
     ) -> "Signals":
         """Packs numbers by field and layer."""
-        named = {
-            (field, layer): number
-            for field, by_layer in fields.items()
-            for layer, number in by_layer.items()
-        }
-        places = tuple(place for place, one in named.items() if not jnp.ndim(one))
-        stacks: dict[str, dict[str, Array]] = {field: {} for field in fields}
-        for field, layer in named.keys() - set(places):
-            stacks[field][layer] = named[field, layer]
-        numbers = [named[place] for place in places]
-        packed = jnp.stack(numbers) if numbers else jnp.zeros(0, jnp.float32)
-        return cls(packed, stacks, dead, ran, watched, uninspected, places)
+        single, stacks = (
+            {
+                field: {name: n for name, n in one.items() if bool(n.ndim) is is_stack}
+                for field, one in fields.items()
+            }
+            for is_stack in (False, True)
+        )
+        return cls(packed(single), stacks, dead, ran, watched, uninspected)
 
     def by_layer(self, field: str) -> dict[str, Array]:
-        """Returns the numbers of one of the first four fields."""
-        named = zip(self.places, _unstacked(self.numbers), strict=True)
-        single = {layer: number for (one, layer), number in named if one == field}
-        return single | self.stacks[field]
+        """Returns the numbers of one of ``FIELDS``."""
+        return self.packed.opened()[field] | self.stacks[field]
 
-    preactivation_rms = property(lambda self: self.by_layer(FIELDS[0]))
-    activation_rms = property(lambda self: self.by_layer(FIELDS[1]))
-    preactivation_gradient_rms = property(lambda self: self.by_layer(FIELDS[2]))
-    activation_gradient_rms = property(lambda self: self.by_layer(FIELDS[3]))
+    @property
+    def preactivation_rms(self) -> dict[str, Array]:
+        """float32[] by layer, root mean square of what enters the nonlinearity."""
+        return self.by_layer("preactivation_rms")
 
+    @property
+    def activation_rms(self) -> dict[str, Array]:
+        """float32[] by layer, of what leaves it."""
+        return self.by_layer("activation_rms")
 
-def _unstacked(numbers: Any) -> Sequence[Any]:
-    if isinstance(numbers, jax.ShapeDtypeStruct):
-        one = jax.ShapeDtypeStruct(numbers.shape[:-1], numbers.dtype)
-        return [one] * numbers.shape[-1]
-    return jnp.unstack(numbers, axis=-1) if numbers.shape[-1] else ()
+    @property
+    def preactivation_gradient_rms(self) -> dict[str, Array]:
+        """float32[] by layer, of the gradient by what enters it; 0 if none comes."""
+        return self.by_layer("preactivation_gradient_rms")
+
+    @property
+    def activation_gradient_rms(self) -> dict[str, Array]:
+        """float32[] by layer, of the gradient of the loss by what leaves it."""
+        return self.by_layer("activation_gradient_rms")
 
 
 def value_and_grad(

@@ -1,7 +1,5 @@
 """Joins what the monitors of several hosts or runs saw of the same network."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -14,21 +12,21 @@ from nnsanity.monitor.state import (
     Nonfinite,
     Spike,
     Validation,
-    opened,
-    packed,
+    record_of,
+    state_of,
 )
 from nnsanity.monitor.verdicts import GROWTH_LIMIT, SPIKE_LENGTH
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def merged(a: MonitorState, b: MonitorState, sizes: tuple[int, int]) -> MonitorState:
+@jax.jit
+def merged(a: MonitorState, b: MonitorState) -> MonitorState:
     """Joins two states; associative up to rounding, and a blank one changes nothing.
 
     Averages are weighed by the steps that were watched, norms and root mean squares
     pooled as squares.  What broke first stays, a unit is dead where it is dead in both,
     and overfitting is what shows in both.
     """
-    return packed(_merged(opened(a, sizes), opened(b, sizes)))
+    return state_of(_merged(record_of(a), record_of(b)))
 
 
 def _merged(a: MonitorRecord, b: MonitorRecord) -> MonitorRecord:

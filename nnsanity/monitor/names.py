@@ -27,11 +27,6 @@ class Names(NamedTuple):
     weights: tuple[int, ...]
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        """How many leaves and rows."""
-        return len(self.leaves), len(self.rows)
-
-    @property
     def groups(self) -> list[list[str]]:
         """Layers next to each other that are stacked alike run turn by turn."""
         by_stack = itertools.groupby(self.stacks, lambda name: self.stacks[name])

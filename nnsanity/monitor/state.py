@@ -1,12 +1,10 @@
 """What a monitor keeps of a training: a record, packed into a few arrays."""
 
-import functools
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
+from nnsanity._packed import Packed, packed
 from nnsanity._types import Array
 from nnsanity.monitor.names import Names
 
@@ -14,19 +12,12 @@ from nnsanity.monitor.names import Names
 class MonitorState(NamedTuple):
     """A record packed into few arrays; ``monitor.read`` unpacks it.
 
-    Every array that a compiled step takes and returns costs some microseconds, whatever
-    its size: fifty small ones weighed as much as all the measuring of a small network.
-
     Attributes:
-        numbers: float32[numbers].
-        counts: int32[counts].
-        flags: bool[flags].
+        packed: all of the record but what follows.
         last_active: as in ``MonitorRecord``; it may be sharded as the units are.
     """
 
-    numbers: Array
-    counts: Array
-    flags: Array
+    packed: Packed
     last_active: dict[str, Array]
 
 
@@ -182,49 +173,21 @@ def blank_state(names: Names, *, every: int) -> MonitorState:
         name: jnp.full((*names.stacks[name], units), -every, jnp.int32)
         for name, units in names.units.items()
     }
-    return packed(_blank(names.sizes)._replace(last_active=last_active))
+    record = _blank(len(names.leaves), len(names.rows))
+    return state_of(record._replace(last_active=last_active))
 
 
-def packed(record: MonitorRecord) -> MonitorState:
-    """Joins the arrays of a record that have one type."""
-    leaves = jax.tree.leaves(record._replace(last_active={}))
-
-    def joined(dtype: Any) -> Array:
-        chosen = [jnp.ravel(leaf) for leaf in leaves if leaf.dtype == dtype]
-        return jnp.concatenate(chosen)
-
-    return MonitorState(
-        joined(jnp.float32), joined(jnp.int32), joined(jnp.bool_), record.last_active
-    )
+def state_of(record: MonitorRecord) -> MonitorState:
+    """Packs a record."""
+    return MonitorState(packed(record._replace(last_active={})), record.last_active)
 
 
-def opened(state: MonitorState, sizes: tuple[int, int]) -> MonitorRecord:
-    """Takes a state apart, on the device or on the host.
-
-    Args:
-        state: packed.
-        sizes: how many leaves and rows, ``Names.sizes``.
-    """
-    shapes = _shapes(sizes)
-    used = {jnp.dtype(one.dtype): 0 for one in state[:3]}
-    flat = {jnp.dtype(one.dtype): one for one in state[:3]}
-
-    def part(shape: jax.ShapeDtypeStruct) -> Any:
-        start = used[shape.dtype]
-        used[shape.dtype] = stop = start + math.prod(shape.shape)
-        return flat[shape.dtype][start:stop].reshape(shape.shape)
-
-    return jax.tree.map(part, shapes)._replace(last_active=state.last_active)
+def record_of(state: MonitorState) -> MonitorRecord:
+    """Takes a state apart, on the device or on the host."""
+    return state.packed.opened()._replace(last_active=state.last_active)
 
 
-@functools.cache
-def _shapes(sizes: tuple[int, int]) -> MonitorRecord:
-    return jax.eval_shape(lambda: _blank(sizes))
-
-
-def _blank(sizes: tuple[int, int]) -> MonitorRecord:
-    num_leaves, num_rows = sizes
-
+def _blank(num_leaves: int, num_rows: int) -> MonitorRecord:
     def zeros(*shape: int) -> Array:
         return jnp.zeros(shape, jnp.float32)
 

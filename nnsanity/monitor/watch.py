@@ -31,8 +31,8 @@ from nnsanity.monitor.state import (
     MonitorRecord,
     MonitorState,
     blank_state,
-    opened,
-    packed,
+    record_of,
+    state_of,
 )
 from nnsanity.monitor.verdicts import judge_monitor
 from nnsanity.monitor.wrapping import wrapped
@@ -147,8 +147,8 @@ def monitor(
         return blank_state(known[0], every=every)
 
     def due(state: MonitorState) -> Array | bool:
-        names = names_of("monitor.due", state)
-        return True if every == 1 else opened(state, names.sizes).step % every == 0
+        names_of("monitor.due", state)
+        return True if every == 1 else record_of(state).step % every == 0
 
     def update(
         state: MonitorState,
@@ -174,7 +174,7 @@ def monitor(
         is_local = axis_name is not None and _is_local(loss, axis_name, trees)
         look = Look(names, clip_norm, axis_name, is_local=is_local)
         loss = loss if axis_name is None else jax.lax.pmean(loss, axis_name)
-        before = opened(state, names.sizes)
+        before = record_of(state)
         record = with_loss(before, loss, every)
         is_due = signals.watched & (record.step % every == 0)
         leaves = Trees(
@@ -195,29 +195,32 @@ def monitor(
     def repacked(
         record: MonitorRecord, before: MonitorRecord, state: MonitorState
     ) -> MonitorState:
-        after = packed(jax.tree.map(placed_like, record, before))
+        after = state_of(jax.tree.map(placed_like, record, before))
         return jax.tree.map(placed_like, after, state)
 
     def validate(state: MonitorState, validation_loss: Array) -> MonitorState:
-        before = opened(state, names_of("monitor.validate", state).sizes)
+        names_of("monitor.validate", state)
+        before = record_of(state)
         return repacked(validated(before, validation_loss), before, state)
 
     def merge(a: MonitorState, b: MonitorState) -> MonitorState:
-        return merged(a, b, names_of("monitor.merge", a, b).sizes)
+        names_of("monitor.merge", a, b)
+        return merged(a, b)
 
     def read(state: MonitorState) -> MonitorRecord:
-        return opened(state, names_of("monitor.read", state).sizes)
+        names_of("monitor.read", state)
+        return record_of(state)
 
     def metrics(state: MonitorState) -> dict[str, Array]:
         names = names_of("monitor.metrics", state)
         is_clipped = clip_norm is not None
-        record = opened(state, names.sizes)
+        record = record_of(state)
         patience = window * every
         return metrics_of(record, names, patience=patience, is_clipped=is_clipped)
 
     def diagnose(state: MonitorState) -> tuple[Finding, ...]:
         names = names_of("monitor.diagnose", state)
-        record = opened(jax.device_get(state), names.sizes)
+        record = record_of(jax.device_get(state))
         return judge_monitor(record, names, every=every, window=window)
 
     def around(

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import nnsanity as ns
-from nnsanity.monitor.state import packed
+from nnsanity.monitor.state import state_of
 
 X = jax.random.normal(jax.random.key(0), (64, 3))
 BATCH = X, jnp.sin(2 * X[:, :1])
@@ -227,7 +227,7 @@ def test_a_merge_pools_what_its_parts_saw():
     later = spike._replace(step=jnp.int32(9))
     for spikes in ((spike, later), (later, spike)):
         parts = (
-            packed(record._replace(spike=seen))
+            state_of(record._replace(spike=seen))
             for record, seen in zip((one, other), spikes, strict=True)
         )
         assert watch.read(watch.merge(*parts)).spike.step == 7

@@ -40,20 +40,38 @@ def takes_numbers(
     return checked
 
 
-def check_key(name: str, key: object) -> None:
+def check_key(name: str, key: object, *, num_axes: int = 0) -> None:
     """Raises where a key is none.
 
     Args:
         name: of the public function, for the message.
         key: what the user gave for it.
+        num_axes: 1 for several keys.
     """
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
     is_new = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    is_old = dtype == jnp.uint32 and shape in ((2,), (4,))
-    if not (is_new and shape == ()) and not is_old:
-        raise TypeError(
-            f"{name}: key must be a PRNG key such as jax.random.key(0), got {key!r}"
+    is_old = dtype == jnp.uint32 and shape[num_axes:] in ((2,), (4,))
+    is_right = (is_new and len(shape) == num_axes) or is_old
+    if not is_right or 0 in shape:
+        words = (
+            "keys must be PRNG keys with a leading axis, as of jax.random.split(key, 3)"
+            if num_axes
+            else "key must be a PRNG key such as jax.random.key(0)"
         )
+        raise TypeError(f"{name}: {words}, got {described(key)}")
+
+
+def described(value: PyTree) -> str:
+    """Words for an array, or for what stands in its place: ``float32[8,3]``.
+
+    Example:
+        >>> described(jnp.zeros((8, 3)))
+        'float32[8,3]'
+    """
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    if dtype is None or shape is None:
+        return repr(value)
+    return f"{dtype}[{','.join(map(str, shape))}]"
 
 
 def _check_numbers(name: str, argument: PyTree) -> None:
@@ -114,6 +132,13 @@ def is_inexact(leaf: PyTree) -> bool:
 def inexact_leaves(tree: PyTree) -> list[Array]:
     """Returns the floating-point leaves, in leaf order."""
     return [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
+
+
+def mean_square(values: Array) -> Array:
+    """Returns the mean square in float32, of complex numbers that of their size."""
+    values = in_float32(values)
+    values = values if jnp.isrealobj(values) else jnp.abs(values)
+    return jnp.mean(values**2).astype(jnp.float32)
 
 
 @jax.jit

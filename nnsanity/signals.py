@@ -10,7 +10,7 @@ import numpy as np
 from jax.dtypes import float0
 
 from nnsanity._packed import Packed, packed
-from nnsanity._tree import in_float32, is_inexact
+from nnsanity._tree import is_inexact, mean_square
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree
 from nnsanity.quantities.units import dead_of, is_thresholded, never_active
 from nnsanity.tracing.compat import zeros_of
@@ -302,19 +302,13 @@ class _Measure(NamedTuple):
 def _measure(values: Array, one: Located | None = None) -> _Measure:
     values = jax.lax.stop_gradient(values)
     dead = None if one is None else never_active(values, one=one)
-    return _Measure(_mean_square(values), jnp.ones((), jnp.float32), dead)
+    return _Measure(mean_square(values), jnp.ones((), jnp.float32), dead)
 
 
 def _folded(earlier: _Measure, later: _Measure) -> _Measure:
     dead = jax.tree.map(jnp.logical_and, earlier.dead, later.dead)
     squares = earlier.squares + later.squares
     return _Measure(squares, earlier.num_turns + later.num_turns, dead)
-
-
-def _mean_square(values: Array) -> Array:
-    values = in_float32(values)
-    values = values if jnp.isrealobj(values) else jnp.abs(values)
-    return jnp.mean(values**2).astype(jnp.float32)
 
 
 def _only_if(when: Array, measure: Callable, values: Array) -> PyTree:
@@ -332,12 +326,12 @@ def _only_if(when: Array, measure: Callable, values: Array) -> PyTree:
 
 def _add_mean_square(slot: Array, gradient: Array) -> Array:
     # The sum with the slot varies over the devices that the slot varies over.
-    return slot + _mean_square(gradient)
+    return slot + mean_square(gradient)
 
 
 def _add_if(slot: Array, gradient: Array) -> Array:
     """The same where the slot is 0."""
-    return 0 * slot + _only_if(slot == 0, _mean_square, gradient)
+    return 0 * slot + _only_if(slot == 0, mean_square, gradient)
 
 
 def _signals(

@@ -1,12 +1,5 @@
 """What all public measurements have in common, one table over them."""
 
-import json
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import chex
 import equinox
 import jax
@@ -16,6 +9,7 @@ import optax
 import pytest
 
 import nnsanity as ns
+from tests.devices import printed_with_devices
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)
@@ -288,19 +282,7 @@ SHARDED = """
 
 
 def test_sharded_over_the_batch_equals_unsharded():
-    root = Path(ns.__file__).parents[1]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    flags |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHARDED)],
-        env=os.environ | flags,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    dead, whole, sharded, (gathers, reduces) = json.loads(run.stdout)
+    dead, whole, sharded, (gathers, reduces) = printed_with_devices(SHARDED, 4)
     assert len(whole) == len(sharded) == 6 + 5 + 3 + 2
     for one, two in zip(whole, sharded, strict=True):
         np.testing.assert_allclose(two, one, rtol=1e-4)

@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from nnsanity._tree import accumulation_dtype, in_float32
+from nnsanity._tree import accumulation_dtype, check_key, in_float32
 from nnsanity._types import Array, LossFn, Params, PyTree
-from nnsanity.quantities.descent import check_loss, described, floats_of, with_floats
+from nnsanity.quantities.descent import check_loss, floats_of, with_floats
 
 _BLOCK = 4
 """Vectors that are taken out of another one together."""
@@ -89,7 +88,7 @@ def sharpness(
         Cohen et al. (2021), "Gradient descent on neural networks typically occurs at
         the edge of stability".
     """
-    _check_key(key)
+    check_key("sharpness", key)
     try:
         num_iterations = operator.index(num_iterations)
     except (TypeError, jax.errors.TracerIntegerConversionError):
@@ -103,17 +102,6 @@ def sharpness(
             " are usual"
         )
     return _sharpness(loss_fn, num_iterations, params, batch, key)
-
-
-def _check_key(key: Array) -> None:
-    dtype, shape = getattr(key, "dtype", None), np.shape(key)
-    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    is_raw = dtype == jnp.uint32 and shape in ((2,), (4,))
-    if not (is_raw or (is_typed and shape == ())):
-        raise TypeError(
-            f"sharpness: key must be one random key, got {described(key)}; use"
-            " jax.random.key(0)"
-        )
 
 
 Vector = list[Array]

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nnsanity._tree import in_float32, inexact_leaves, is_inexact, num_examples
+from nnsanity._tree import (
+    described,
+    in_float32,
+    inexact_leaves,
+    is_inexact,
+    num_examples,
+)
 from nnsanity._types import Array, LossFn, Params, PyTree
 
 SPREADS = 5.0
@@ -223,19 +229,6 @@ def check_optimizer(name: str, optimizer: Any) -> None:
             f"{name}: optimizer must have init and update, as optax.adam(1.0) has, got"
             f" {optimizer!r}"
         )
-
-
-def described(value: PyTree) -> str:
-    """Words for an array, or for what stands in its place: ``float32[8,3]``.
-
-    Example:
-        >>> described(jnp.zeros((8, 3)))
-        'float32[8,3]'
-    """
-    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
-    if dtype is None or shape is None:
-        return repr(value)
-    return f"{dtype}[{','.join(map(str, shape))}]"
 
 
 def check_loss(name: str, loss_fn: LossFn, params: Params, batch: PyTree) -> np.dtype:

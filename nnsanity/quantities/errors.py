@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnsanity._tree import in_float32, num_examples, takes_numbers
+from nnsanity._tree import described, in_float32, num_examples, takes_numbers
 from nnsanity._types import Array, LossFn, Params, PyTree
-from nnsanity.quantities.descent import check_loss, described
+from nnsanity.quantities.descent import check_loss
 from nnsanity.quantities.moments import Moments, denormalize
 
 

@@ -97,18 +97,13 @@ def _check_stack(leaves: list[Array]) -> None:
 @jax.jit
 def _of_stack(leaves: list[Array], microbatch_size: Array | int) -> NoiseScale:
     means = [jnp.mean(in_float32(leaf), 0) for leaf in leaves]
+    with_mean = jax.vmap(inner, (0, None))
     sums = Sums(
-        stacked([_inner(leaf, leaf) for leaf in leaves]),
-        stacked([_inner(*pair) for pair in zip(leaves, means, strict=True)]),
+        stacked([jax.vmap(inner)(leaf, leaf) for leaf in leaves]),
+        stacked([with_mean(*pair) for pair in zip(leaves, means, strict=True)]),
         stacked([inner(mean, mean) for mean in means]),
     )
     return estimated(joined(sums), microbatch_size)
-
-
-def _inner(parts: Array, other: Array) -> Array:
-    """Inner products along all axes but the first, complex numbers as pairs."""
-    product = jnp.real(jnp.conj(in_float32(parts)) * in_float32(other))
-    return jnp.sum(product, axis=tuple(range(1, product.ndim)))
 
 
 def _of_devices(leaves: list[Array], axis_name: str | tuple[str, ...]) -> Sums:

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nnsanity._tree import num_examples, take_examples
+from nnsanity._tree import check_key, described, num_examples, take_examples
 from nnsanity._types import Array, LossFn, Params, PyTree
 from nnsanity.quantities.descent import (
     SMOOTHED_SHARE,
     check_training,
-    described,
     running_mean,
     scaled_losses,
     start_of,
@@ -220,7 +219,7 @@ def lr_sweep(
             f" {np.shape(scales)}; for one scale pass scales=[1.0]"
         )
     if keys is not None:
-        _check_keys(keys)
+        check_key("lr_sweep", keys, num_axes=1)
     if num_parallel is None:
         num_parallel = 1 if jax.default_backend() == "cpu" else np.size(scales)
     if isinstance(num_parallel, bool) or not isinstance(num_parallel, int | np.integer):
@@ -233,17 +232,6 @@ def lr_sweep(
     return _lr_sweep(
         loss_fn, optimizer, int(num_parallel), params, batches, scales, keys
     )
-
-
-def _check_keys(keys: Array) -> None:
-    dtype, shape = getattr(keys, "dtype", None), np.shape(keys)
-    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    is_raw = dtype == jnp.uint32 and shape[1:] in ((2,), (4,))
-    if not (is_raw or (is_typed and len(shape) == 1)) or not shape[0]:
-        raise TypeError(
-            "lr_sweep: keys must be random keys with a leading axis of seeds, got"
-            f" {described(keys)}; use jax.random.split(key, 3)"
-        )
 
 
 def _scalar(name: str, value: Array | float) -> Array | np.floating:

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from nnsanity._tree import in_float32
+from nnsanity._tree import described, in_float32, mean_square
 from nnsanity._types import ApplyFn, Array, Params, PyTree
-from nnsanity.quantities.descent import described, floats_of, with_floats
+from nnsanity.quantities.descent import floats_of, with_floats
 from nnsanity.quantities.drawing import bias_value
 from nnsanity.quantities.passage import (
     Look,
@@ -22,6 +23,10 @@ from nnsanity.quantities.passage import (
 )
 from nnsanity.tracing.layers import Located, Network, Uninspected, inspect
 from nnsanity.tracing.tap import Taps, evaluate
+from nnsanity.tracing.widen import part_of
+
+MAX_COMPARED = 2**22
+"""Numbers of a weight up to which its units are compared."""
 
 
 class WeightStats(NamedTuple):
@@ -102,6 +107,22 @@ def stats_of(network: Network, seen: SeenByLook) -> WeightStats:
     )
 
 
+def doubled_share(network: Network, params: Params) -> dict[str, float]:
+    """Returns the share of each layer's units that have the very weights of another.
+
+    On the host; layers whose weight is no parameter as it stands, or a very large one,
+    are left out.
+    """
+    leaves, found = jax.tree.leaves(params), {}
+    for one in network.layers:
+        part = part_of(network, one, of_units=True)
+        if part is not None and leaves[part.leaf].size <= MAX_COMPARED:
+            rows = np.moveaxis(np.asarray(leaves[part.leaf]), part.axis, 0)
+            unique = np.unique(rows.reshape(len(rows), -1), axis=0)
+            found[one.layer.name] = 1 - len(unique) / len(rows)
+    return found
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def layer_update_ratios(
     apply_fn: ApplyFn, updates: PyTree, params: Params, inputs: PyTree
@@ -168,15 +189,13 @@ def layer_update_ratios(
     return jnp.sqrt(change / size)
 
 
-@jax.custom_jvp
-def _square(weights: Array) -> Array:
-    """Returns the mean square; what it hands on for a tangent is the tangent's own."""
-    return jnp.mean(jnp.abs(in_float32(weights)) ** 2).astype(jnp.float32)
+_square = jax.custom_jvp(mean_square)
+"""The mean square; what it hands on for a tangent is the tangent's own."""
 
 
 @_square.defjvp
 def _square_of_both(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    return _square(*primals), _square(*tangents)
+    return mean_square(*primals), mean_square(*tangents)
 
 
 def _first(pair: tuple) -> Array:
@@ -193,8 +212,7 @@ def _largest(values: Array, **options: Any) -> Array:
 
 def _mean_square(values: Array, one: Located) -> Array:
     del one
-    values = jnp.abs(in_float32(values))
-    return jnp.mean(values**2).astype(jnp.float32)
+    return mean_square(values)
 
 
 def _signal(values: Array, one: Located) -> tuple[Array, Array]:
@@ -205,13 +223,15 @@ def _signal(values: Array, one: Located) -> tuple[Array, Array]:
     centre = jnp.mean(values, axis=axes, keepdims=True)
     spread = jnp.max(jnp.abs(values - centre))
     spread = jnp.where(size > 0, spread / size, jnp.nan)
-    variance = jnp.var(values)
+    # In two passes, corrected: equal numbers have none, however their sum is rounded
+    # (Chan, Golub and LeVeque 1983).
+    rest = values - jnp.mean(values)
+    variance = jnp.mean(rest**2) - jnp.mean(rest) ** 2
     variance = jnp.where(variance <= (_ROUNDING * size) ** 2, 0, variance)
     return variance.astype(jnp.float32), spread.astype(jnp.float32)
 
 
-_ROUNDING = 1e-5
-"""Of numbers of one size: what the mean of a few thousand of them may be off by."""
+_ROUNDING = 1e-6
 WEIGHT_LOOKS = {
     "weight": Look(weight, _mean_square),
     "made": Look(lambda network, one: one.start, _mean_square),

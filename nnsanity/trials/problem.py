@@ -151,9 +151,9 @@ def checked_problem(
     optimizer: optax.GradientTransformation | None,
     batch_size: int,
     num_steps: int,
-    train_loss_fn: TrainLossFn | None,
-    validation: tuple[PyTree, PyTree] | None,
-    groups: Any,
+    train_loss_fn: TrainLossFn | None = None,
+    validation: tuple[PyTree, PyTree] | None = None,
+    groups: Any = None,
 ) -> Problem:
     """Checks the arguments of a checkup and gathers them.
 

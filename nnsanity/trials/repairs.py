@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from nnsanity._types import Array, PyTree
 from nnsanity.checks import (
@@ -23,18 +22,15 @@ from nnsanity.findings import Finding
 from nnsanity.quantities import scales
 from nnsanity.quantities.drawing import redrawn
 from nnsanity.quantities.moments import feature_moments, group_moments
-from nnsanity.quantities.weight_sizes import weight_stats
+from nnsanity.quantities.weight_sizes import doubled_share, weight_stats
 from nnsanity.tracing.layers import inspect
 from nnsanity.tracing.paths import depths
 from nnsanity.tracing.replace import penalties
-from nnsanity.tracing.widen import part_of
 from nnsanity.trials.copies import HEAD_LEFT_OUT, HEAD_SQUASHED, OFF, ON, Copy
 from nnsanity.trials.measure import training_noise
 from nnsanity.trials.problem import Problem
 
 Change = Callable[[Copy, Array], Copy]
-MAX_COMPARED = 2**22
-"""Numbers of a weight up to which its units are compared."""
 
 
 class Repair(NamedTuple):
@@ -169,7 +165,9 @@ def _weight_repairs(problem: Problem) -> tuple[Repair, ...]:
         return ()
 
     draw = jax.jit(functools.partial(redrawn, problem.network))
-    doubled = ("width/redundant",) if _start_alike(problem) else ()
+    # Units of few inputs are alike without that, and fresh ones would be as well.
+    doubled = doubled_share(problem.network, problem.params).values()
+    start_alike = max(doubled, default=0.0) > width.REDUNDANT_SHARE
 
     def redraw(copy: Copy, key: Array) -> Copy:
         return copy._replace(params=draw(copy.params, key))
@@ -185,28 +183,11 @@ def _weight_repairs(problem: Problem) -> tuple[Repair, ...]:
                 "initialization/signal-grows",
                 "initialization/signal-fades",
                 "gradients/saturated-units",
-                *doubled,
+                *(("width/redundant",) if start_alike else ()),
             ),
             initialization.poor_start(worst),
         ),
     )
-
-
-def _start_alike(problem: Problem) -> bool:
-    """Tells whether many units of a layer start with the very weights of another.
-
-    Units of few inputs are alike without that, and fresh ones would be as well.
-    """
-    leaves = jax.tree.leaves(problem.params)
-    for one in problem.network.layers:
-        part = part_of(problem.network, one, of_units=True)
-        if part is None or leaves[part.leaf].size > MAX_COMPARED:
-            continue
-        rows = np.moveaxis(np.asarray(leaves[part.leaf]), part.axis, 0)
-        unique = np.unique(rows.reshape(len(rows), -1), axis=0)
-        if len(unique) < (1 - width.REDUNDANT_SHARE) * len(rows):
-            return True
-    return False
 
 
 def _head_repairs(problem: Problem) -> tuple[Repair, ...]:

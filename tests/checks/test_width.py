@@ -242,9 +242,6 @@ def test_narrow_layers_without_a_wider_copy_are_told():
         optimizer=optax.adam(0.01),
         batch_size=32,
         num_steps=10,
-        train_loss_fn=None,
-        validation=None,
-        groups=None,
     )
     told = not_widened(problem)
     assert "inside of a loop" in told["more units for w1"]

@@ -229,9 +229,9 @@ def test_keys_of_both_kinds():
     [
         ({"num_iterations": 0}, ValueError, "num_iterations must be at least 1, got 0"),
         ({"num_iterations": 2.5}, TypeError, "num_iterations must be an int, got 2.5"),
-        ({"key": 0}, TypeError, "key must be one random key, got 0"),
+        ({"key": 0}, TypeError, "key must be a PRNG key .*, got 0"),
         ({"key": jnp.zeros(2)}, TypeError, r"key must be .*got float32\[2\]"),
-        ({"key": jax.random.split(KEY)}, TypeError, "key must be one random key"),
+        ({"key": jax.random.split(KEY)}, TypeError, "key must be a PRNG key"),
         ({"params": {"n": jnp.arange(3)}}, ValueError, "params must .*int32"),
         ({"params": {}}, ValueError, "no leaves"),
     ],

@@ -1,10 +1,3 @@
-import json
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,6 +10,7 @@ from nnsanity.quantities import example_norms
 from nnsanity.quantities.example_gradients import gradient_of
 from nnsanity.quantities.example_norms import example_gradient_norms, ways
 from nnsanity.quantities.noise_scale import gradient_noise_scale
+from tests.devices import printed_with_devices
 
 PARAMS = {"w": jnp.array([[1.0, -2.0], [0.5, 1.0]]), "b": jnp.array([0.5, -0.5])}
 INPUTS = jnp.asarray(np.random.default_rng(0).normal(1, 1, (14, 2)), jnp.float32)
@@ -240,19 +234,7 @@ SHARDED = """
 
 
 def test_sharded_equals_unsharded():
-    root = Path(example_norms.__file__).parents[2]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    flags |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHARDED)],
-        env=os.environ | flags,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    num_devices, whole, *sharded = json.loads(run.stdout)
+    num_devices, whole, *sharded = printed_with_devices(SHARDED, 4)
     assert (num_devices, len(whole), len(sharded)) == (4, 64 + 4 + 4, 2)
     for one in sharded:
         np.testing.assert_allclose(one, whole, 1e-3)

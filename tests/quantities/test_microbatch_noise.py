@@ -1,10 +1,3 @@
-import json
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +5,7 @@ import pytest
 
 import nnsanity as ns
 from nnsanity.quantities.microbatch_noise import microbatch_noise_scale
+from tests.devices import printed_with_devices
 
 RNG = np.random.default_rng(0)
 COUNT, SIZE = 6, 4
@@ -201,18 +195,7 @@ SHARDED = """
 
 
 def test_devices_are_microbatches():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    flags |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(ns.__file__).parents[1])}
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHARDED)],
-        env=os.environ | flags,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    whole, found, words = json.loads(run.stdout)
+    whole, found, words = printed_with_devices(SHARDED, 8)
     assert len(found) == 4
     for one in found:
         np.testing.assert_allclose(one, whole, 1e-3)

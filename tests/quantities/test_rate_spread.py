@@ -117,7 +117,7 @@ def test_seeds_in_a_compiled_program():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"keys": 3}, TypeError, "keys must be random keys .*got 3; use"),
+        ({"keys": 3}, TypeError, "keys must be PRNG keys .*, got 3"),
         ({"keys": jax.random.key(0)}, TypeError, "keys must be .*leading axis"),
         ({"keys": jax.random.PRNGKey(0)}, TypeError, r"keys must be .*uint32\[2\]"),
         ({"keys": KEYS[:0]}, TypeError, r"keys must be .*\[0\]"),

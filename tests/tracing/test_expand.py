@@ -32,8 +32,8 @@ PROGRAMS = {**DENSE, "without bias": (without_bias, DENSE["plain"][1])}
 def planned(apply_fn, params, name):
     network = inspect(apply_fn, params, X)
     columns, expected = COLUMNS[name]
-    plan = Expansion(expandable(network), 2, expected.shape[1], 5.5, columns)
-    wide_inputs = jnp.concatenate([X.at[:, 2].set(5.5), expected], axis=1)
+    plan = Expansion(expandable(network), 2, expected.shape[1], 0.5, columns)
+    wide_inputs = jnp.concatenate([X.at[:, 2].set(0.5), expected], axis=1)
     return network, plan, wide_inputs
 
 
@@ -51,7 +51,7 @@ def drawn_rows(plan, params):
 
 def assert_close(found, expected):
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
         found,
         expected,
     )
@@ -84,7 +84,7 @@ def test_beside_other_changes():
     run = replaced(apply_fn, network, {}, expanded=plan, wider=wider)
     # New units see the user's own columns alone.
     own = jax.nn.relu(wide_inputs @ wide["w1"])
-    new = jax.nn.relu(X.at[:, 2].set(5.5) @ jnp.ones((5, 3)))
+    new = jax.nn.relu(X.at[:, 2].set(0.5) @ jnp.ones((5, 3)))
     expected = jnp.concatenate([own, new], axis=1) @ both["w2"]
     assert_close(run(both, X), expected)
 

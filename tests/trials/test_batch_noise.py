@@ -33,7 +33,6 @@ def normalized(params, batch):
 
 
 def measured(loss_fn=loss_fn, data=(INPUTS, TARGETS), rate=0.05, num_seeds=2):
-    options = {"batch_size": 20, "num_steps": 40, "train_loss_fn": None}
     problem = checked_problem(
         apply_fn,
         loss_fn,
@@ -41,9 +40,8 @@ def measured(loss_fn=loss_fn, data=(INPUTS, TARGETS), rate=0.05, num_seeds=2):
         data,
         key=jax.random.key(0),
         optimizer=optax.sgd(rate),
-        validation=None,
-        groups=None,
-        **options,
+        batch_size=20,
+        num_steps=40,
     )
     trial = prepare(problem, jax.random.key(1), num_steps=40, batch_size=20)
     outcomes = train_original(problem, trial, jax.random.key(2))[:num_seeds]

@@ -48,9 +48,6 @@ def problem_of(apply_fn, columns, targets, optimizer=None, loss_fn=None):
         optimizer=optimizer,
         batch_size=32,
         num_steps=10,
-        train_loss_fn=None,
-        validation=None,
-        groups=None,
     )
 
 

@@ -91,9 +91,6 @@ def offered(*style):
         optimizer=optax.adam(0.01),
         batch_size=32,
         num_steps=100,
-        train_loss_fn=None,
-        validation=None,
-        groups=None,
     )
     return loss_repairs(problem)
 

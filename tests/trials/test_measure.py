@@ -43,9 +43,6 @@ def problem_of(apply_fn, loss_of, params, targets, inputs=INPUTS):
         optimizer=None,
         batch_size=4,
         num_steps=5,
-        train_loss_fn=None,
-        validation=None,
-        groups=None,
     )
 
 

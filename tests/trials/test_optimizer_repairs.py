@@ -205,9 +205,6 @@ def test_what_can_not_be_left_out_is_told(optimizer, name, reason):
         optimizer=optimizer,
         batch_size=32,
         num_steps=10,
-        train_loss_fn=None,
-        validation=None,
-        groups=None,
     )
     skipped = {}
     repairs = optimizer_repairs(problem, skipped)

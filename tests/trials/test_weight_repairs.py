@@ -44,9 +44,6 @@ def test_units_that_start_alike(first, expected):
         optimizer=optax.sgd(0.1),
         batch_size=16,
         num_steps=10,
-        train_loss_fn=None,
-        validation=None,
-        groups=None,
     )
     (fresh,) = (one for one in available_repairs(problem) if one.group == "weights")
     assert ("width/redundant" in fresh.rules) is expected

@@ -75,12 +75,16 @@ def bounded(params, x):
     return jax.nn.relu(x @ second["w"] + second["b"]) @ last["w"] + last["b"]
 
 
-WEIGHTS = "initialization/"
+BIAS, SCALE = "initialization/large-bias", "initialization/off-scale"
 FAULTS = {
-    "dead layer": (mlp(), with_biases(drawn(16, 16), 1, -30.0), WEIGHTS),
-    "dying ReLU": (mlp(), with_biases(drawn(16), 0, -6.0), WEIGHTS),
-    "sigmoid stack": (mlp(jax.nn.sigmoid), drawn(*[16] * 9, init=LECUN), ""),
-    "gain 3": (mlp(jnp.tanh), drawn(*[16] * 6, init=GAIN3), WEIGHTS),
+    "dead layer": (mlp(), with_biases(drawn(16, 16), 1, -30.0), BIAS),
+    "dying ReLU": (mlp(), with_biases(drawn(16), 0, -6.0), BIAS),
+    "sigmoid stack": (
+        mlp(jax.nn.sigmoid),
+        drawn(*[16] * 9, init=LECUN),
+        ("gradients/vanishing", "depth/too-deep"),
+    ),
+    "gain 3": (mlp(jnp.tanh), drawn(*[16] * 6, init=GAIN3), SCALE),
     "zeros": (mlp(), drawn(16, init=INITIALIZERS.zeros), "initialization/zero"),
     "constant": (
         mlp(),
@@ -90,9 +94,9 @@ FAULTS = {
     "N(0, 1)": (
         mlp(),
         drawn(500, 500, 500, init=INITIALIZERS.normal(1.0)),
-        "initialization/off-scale",
+        SCALE,
     ),
-    "40 layers": (mlp(), drawn(*[8] * 39), "depth/"),
+    "40 layers": (mlp(), drawn(*[8] * 39), "depth/too-deep"),
     "duplicates": (mlp(), twice_the_same(drawn(6)), "width/redundant"),
     "a bound": (bounded, drawn(16, 16), "gradients/blocked-share"),
 }

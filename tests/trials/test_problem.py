@@ -101,7 +101,7 @@ BAD_TYPES = {
     "not called": ({"optimizer": optax.adam}, "optimizer optax.adam(1e-3)"),
     "a rate": ({"optimizer": 0.1}, "optimizer optax got 0.1"),
     "integer key": ({"key": 0}, "key jax.random.key(0) got 0"),
-    "keys": ({"key": jax.random.split(KEY, 3)}, "key jax.random.key(0) (3,)"),
+    "keys": ({"key": jax.random.split(KEY, 3)}, "key jax.random.key(0) [3]"),
     "old keys": ({"key": jnp.zeros((3, 2), jnp.uint32)}, "key PRNG uint32"),
     "no pair": ({"data": INPUTS}, "data (inputs, targets) ndarray"),
     "a dict": ({"data": {"x": INPUTS}}, "data (inputs, targets) dict"),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from nnsanity._tree import accumulation_dtype, check_key, in_float32
 from nnsanity._types import Array, LossFn, Params, PyTree
 from nnsanity.quantities.descent import check_loss, floats_of, with_floats
+from nnsanity.tracing.convolutions import channels_last
 
 _BLOCK = 4
 """Vectors that are taken out of another one together."""
@@ -123,7 +124,7 @@ def _sharpness(
         return [in_float32(jnp.conj(one)) for one in products]
 
     start = _random_like(leaves, key)
-    vector = _ritz_vector(product, leaves, start, num_iterations)
+    vector = _ritz_vector(channels_last(product), leaves, start, num_iterations)
     applied = product(vector)
     vector = [in_float32(one) for one in vector]
     # Half precision has rounded the vector, so its length is measured and not assumed.

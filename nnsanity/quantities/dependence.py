@@ -16,6 +16,7 @@ from nnsanity._tree import (
 )
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree
 from nnsanity.quantities.descent import check_loss
+from nnsanity.tracing.convolutions import channels_last
 
 
 class InputDependence(NamedTuple):
@@ -100,7 +101,9 @@ def _input_dependence(
         order = jax.random.permutation(one, size)
         return loss_fn(params, (take_examples(inputs, order), targets))
 
-    losses = in_float32(jax.lax.map(permuted, jax.random.split(key, num_permutations)))
+    losses = in_float32(
+        jax.lax.map(channels_last(permuted), jax.random.split(key, num_permutations))
+    )
     loss = in_float32(loss_fn(params, batch))
     mean, deviation = jnp.mean(losses), jnp.std(losses, ddof=1)
     # Losses that differ by their rounding alone do not differ.
@@ -208,7 +211,9 @@ def _example_independence(
         ]
         return functools.reduce(jnp.add, squares)
 
-    squares = jax.lax.map(of_one, jnp.arange(outputs.size), batch_size=16)
+    squares = jax.lax.map(
+        channels_last(of_one), jnp.arange(outputs.size), batch_size=16
+    )
     influence = jnp.sqrt(jnp.sum(squares.reshape(*outputs.shape, size), axis=1))
     own = jnp.max(jnp.diagonal(influence))
     other = jnp.max(jnp.where(jnp.eye(size, dtype=bool), 0, influence))

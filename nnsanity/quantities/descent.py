@@ -1,5 +1,6 @@
 """Training with scaled updates, and what has to be right for it."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from nnsanity._tree import (
     num_examples,
 )
 from nnsanity._types import Array, LossFn, Params, PyTree
+from nnsanity.tracing.convolutions import channels_last
 
 SPREADS = 5.0
 """Healthy rise in standard deviations between batches at the start."""
@@ -56,7 +58,7 @@ def start_of(name: str, loss_fn: LossFn, params: Params, batches: PyTree) -> Sta
         lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[1:], leaf.dtype), few
     )
     dtype = check_loss(name, loss_fn, params, one)
-    losses = jax.lax.map(lambda batch: loss_fn(params, batch), few)
+    losses = jax.lax.map(channels_last(functools.partial(loss_fn, params)), few)
     losses = losses.astype(jnp.float32)
     is_finite = jnp.isfinite(losses)
     count = jnp.sum(is_finite).astype(jnp.float32)
@@ -113,7 +115,7 @@ def trained(
 
     floats = floats_of(params)
     state = (floats, extended.init(floats))
-    (floats, _), losses = jax.lax.scan(step, state, (batches, scales))
+    (floats, _), losses = jax.lax.scan(channels_last(step), state, (batches, scales))
     last = jax.tree.map(lambda leaf: leaf[-1], batches)
     params = with_floats(params, floats)
     end = loss_fn(params, last)

@@ -12,6 +12,7 @@ from nnsanity._tree import described, in_float32, num_examples, takes_numbers
 from nnsanity._types import Array, LossFn, Params, PyTree
 from nnsanity.quantities.descent import check_loss
 from nnsanity.quantities.moments import Moments, denormalize
+from nnsanity.tracing.convolutions import channels_last
 
 
 class ConstantBaseline(NamedTuple):
@@ -190,7 +191,7 @@ def _worst_examples(
         alone = jax.tree.map(lambda leaf: leaf[None], example)
         return loss_fn(params, alone).astype(jnp.float32)
 
-    losses = jax.lax.map(loss_of, batch, batch_size=64)
+    losses = jax.lax.map(channels_last(loss_of), batch, batch_size=64)
     order = jnp.where(jnp.isnan(losses), jnp.inf, losses)
     indices = jax.lax.top_k(order, num_worst)[1]
     total = jnp.sum(jnp.abs(losses))

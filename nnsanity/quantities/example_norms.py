@@ -22,6 +22,7 @@ from nnsanity.quantities.example_gradients import (
     gradients_of,
     squares,
 )
+from nnsanity.tracing.convolutions import channels_last
 from nnsanity.tracing.coupling import coupled_lines
 
 MAX_EXAMPLES = 1024
@@ -183,7 +184,7 @@ def over_chunks(
         split = leaf[:length].reshape(size, num_chunks, *leaf.shape[1:])
         return split.swapaxes(0, 1)
 
-    state, rows = jax.lax.scan(step, start, jax.tree.map(spread, batch))
+    state, rows = jax.lax.scan(channels_last(step), start, jax.tree.map(spread, batch))
     rows = jnp.moveaxis(rows, 0, -1).reshape(*rows.shape[1:-1], length)
     if rest:
         state, last = step(state, jax.tree.map(lambda leaf: leaf[length:], batch))

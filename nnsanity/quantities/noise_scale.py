@@ -34,6 +34,7 @@ from nnsanity.quantities.noise_estimate import (
     joined,
     stacked,
 )
+from nnsanity.tracing.convolutions import channels_last
 
 Grads = list[Array]
 """By the floating-point leaves."""
@@ -254,6 +255,7 @@ def _of_parts(gradient_fn: GradientFn, batch: PyTree, num_parts: int) -> Sums:
         lambda leaf: jnp.reshape(leaf, (*shape, *np.shape(leaf)[1:])), batch
     )
 
+    @channels_last
     def gradient(part: PyTree) -> Grads:
         return [
             in_float32(leaf) for leaf in gradient_fn.run(gradient_fn.leaves, part)[1]

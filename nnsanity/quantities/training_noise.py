@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from nnsanity._tree import in_float32
 from nnsanity._types import Array, Params, PyTree, TrainLossFn
 from nnsanity.quantities.descent import check_loss, floats_of, with_floats
+from nnsanity.tracing.convolutions import channels_last
 
 NUM_KEYS = 16
 """How many keys tell how far a loss varies: its deviation to a fifth."""
@@ -94,7 +95,7 @@ def _noise(
     zeros = [0 * in_float32(leaf) for leaf in jax.tree.leaves(floats)]
     start = jnp.float32(0), zeros, 0 * _square(zeros)
     keys = jax.random.split(key, NUM_KEYS)
-    (_, mean, square), losses = jax.lax.scan(step, start, keys)
+    (_, mean, square), losses = jax.lax.scan(channels_last(step), start, keys)
     variance = square / (NUM_KEYS - 1)
     signal = _square(mean) - variance / NUM_KEYS
     found = jnp.mean(losses), jnp.std(losses, ddof=1), signal, variance

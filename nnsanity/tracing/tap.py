@@ -31,6 +31,8 @@ class Taps(NamedTuple):
             is both read and written hands out the new value.
         watch: like ``write``, with what is passed in for this place:
             ``watch[site](value, slot)``.
+        instead: what to run in the place of an equation: ``instead[path](eqn,
+            operands)``, a list of its results.
         inline: paths of ``remat`` calls whose bodies run as if they were not in one.
         fold: joins what two turns of a while loop hand out.
     """
@@ -38,6 +40,7 @@ class Taps(NamedTuple):
     read: Mapping[Site, Callable[[Array], PyTree]] = {}
     write: Mapping[Site, Callable[[Array], Array]] = {}
     watch: Mapping[Site, Callable[[Array, PyTree], Array]] = {}
+    instead: Mapping[Path, Callable[[Equation, list], list]] = {}
     inline: frozenset[Path] = frozenset()
     fold: Callable[[PyTree, PyTree], PyTree] = lambda earlier, later: later
 
@@ -113,7 +116,8 @@ def evaluate(
         The leaves of the outputs, and what was read by place.
     """
     paths = {site.path for site in (*taps.read, *taps.write, *taps.watch)}
-    opened = {path[:depth] for path in paths for depth in range(1, len(path))}
+    places = {*paths, *taps.instead}
+    opened = {path[:depth] for path in places for depth in range(1, len(path))}
     run = _Run(taps, frozenset(paths), frozenset(opened))
     whole = Body((), program.jaxpr, program.consts)
     return _run(run, whole, arguments, slots or {})
@@ -147,7 +151,7 @@ def _run(
             readings |= more
         else:
             with jax.named_scope(compat.scope(eqn)):
-                results = compat.bind(eqn, operands)
+                results = run.taps.instead.get(here, compat.bind)(eqn, operands)
         results = _tapped(run, results, here, slots, readings)
         values |= dict(zip(eqn.outvars, results, strict=True))
     return [value_of(atom) for atom in body.jaxpr.outvars], readings

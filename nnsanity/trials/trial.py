@@ -14,6 +14,7 @@ from nnsanity._tree import in_float32, take_examples
 from nnsanity._types import Array, Params, PyTree
 from nnsanity.quantities.descent import floats_of, times, with_floats
 from nnsanity.quantities.targets import quality
+from nnsanity.tracing.convolutions import channels_last
 from nnsanity.trials.copies import (
     Copy,
     loss_of,
@@ -222,7 +223,7 @@ def _train(
         (batches, noise_keys),
     )
     ((params, _), kept), (batch_losses, later) = jax.lax.scan(
-        mark, (state, copy.params), (jnp.arange(1, marks + 1), *by_mark)
+        channels_last(mark), (state, copy.params), (jnp.arange(1, marks + 1), *by_mark)
     )
     curves = jax.tree.map(
         lambda first, rest: jnp.concatenate([first[None], rest]),

@@ -22,6 +22,7 @@ from nnsanity.lint import lint
 from nnsanity.monitor.state import MonitorRecord, MonitorState
 from nnsanity.monitor.watch import Monitor, monitor
 from nnsanity.monitor.wrapping import MonitoredState
+from nnsanity.quantities.activations import Activations, activations
 from nnsanity.quantities.clipped import BlockedShare, blocked_share
 from nnsanity.quantities.clipping import Clipping, clipping
 from nnsanity.quantities.columns import Wraparound, wraparound
@@ -93,7 +94,7 @@ from nnsanity.quantities.weight_sizes import (
     weight_stats,
 )
 from nnsanity.report import Report
-from nnsanity.signals import Signals, activations, value_and_grad
+from nnsanity.signals import Signals, value_and_grad
 from nnsanity.tracing.averaged import averaged_terms
 from nnsanity.tracing.bounds import Bounds, output_bounds
 from nnsanity.tracing.layers import Layer, Uninspected, layers
@@ -103,6 +104,7 @@ from nnsanity.tracing.nonfinite import Birth, FirstNonfinite, Places, first_nonf
 __version__ = "0.1.0"
 
 __all__ = [
+    "Activations",
     "Birth",
     "BlockedShare",
     "Bounds",

@@ -1,4 +1,4 @@
-"""What passes through the layers: activations, and the gradients that come back."""
+"""What passes through the layers in a step, and the gradients that come back."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from jax.dtypes import float0
 
 from nnsanity._packed import Packed, packed
 from nnsanity._tree import is_inexact, mean_square
-from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree
+from nnsanity._types import Array, LossFn, Params, PyTree
 from nnsanity.quantities.units import dead_of, is_thresholded, never_active
 from nnsanity.tracing.compat import zeros_of
 from nnsanity.tracing.layers import Located, Network, Uninspected, inspect
@@ -25,37 +25,6 @@ from nnsanity.tracing.tap import (
     varied,
     watched,
 )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def activations(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> dict[str, Array]:
-    """Returns what every layer puts out, after its nonlinearity.
-
-    Costs one forward pass and the memory of all activations.  Dictionaries come out of
-    a jitted function sorted by key: ask ``layers`` for the order of execution.
-
-    Args:
-        apply_fn: ``apply_fn(params, inputs) -> outputs``.
-        params: any pytree of arrays.
-        inputs: leading axis the examples.
-
-    Returns:
-        The values by layer name, of the shapes that the network computes.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> params = {"w": jnp.array([[1.0, -1.0]])}
-        >>> apply_fn = lambda params, x: jax.nn.relu(x @ params["w"])
-        >>> activations(apply_fn, params, jnp.array([[2.0]]))
-        {'w': Array([[2., 0.]], dtype=float32)}
-    """
-    network = inspect(apply_fn, params, inputs)
-    sites = {network.site(one.after): one.layer.name for one in network.layers}
-    taps = Taps(read=dict.fromkeys(sites, lambda value: value))
-    leaves = jax.tree.leaves((params, inputs))
-    _, readings = evaluate(network.program, leaves, taps)
-    return {sites[site]: one.where_it_ran() for site, one in readings.items()}
-
 
 FIELDS = (
     "preactivation_rms",

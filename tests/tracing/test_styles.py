@@ -125,6 +125,8 @@ def test_activations_are_those_of_numpy(style):
     network = network_of(style)
     found = looked_into(ns.activations, network)
     assert set(found) == set(network.names)
+    told = {leaf for leaf, _ in found.uninspected.parameters}
+    assert told == set(network.uninspected)
     if network.reference is None:
         return
     for name, expected in network.activations().items():

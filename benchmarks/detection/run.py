@@ -130,8 +130,8 @@ def verify(faults, healthy):
 # Score.
 
 
-def alarms_of(program, seed):
-    """Runs a checkup; returns the rules and items of its alarms, and the seconds."""
+def findings_of(program, seed):
+    """Runs a checkup; returns its findings and the seconds."""
     build_key, checkup_key = jax.random.split(jax.random.key(seed))
     problem = program(build_key)
     began = time.perf_counter()
@@ -147,8 +147,13 @@ def alarms_of(program, seed):
         train_loss_fn=problem.train_loss_fn,
         validation=problem.validation,
     )
-    found = [(one.rule, one.item) for one in report.findings if one.severity != "info"]
-    return found, time.perf_counter() - began
+    return report.findings, time.perf_counter() - began
+
+
+def alarms_of(program, seed):
+    """Returns the rules and items of the errors and warnings, and the seconds."""
+    findings, seconds = findings_of(program, seed)
+    return [(o.rule, o.item) for o in findings if o.severity != "info"], seconds
 
 
 def wilson(share, number):

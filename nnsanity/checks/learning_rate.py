@@ -23,6 +23,9 @@ CLIPPED_LIMIT = 0.1
 """Healthy share of steps whose gradient is clipped."""
 HELD_BACK = 0.01
 """Share of a squared gradient that has to be clipped for its step to count."""
+EARLY_SHARE = 0.1
+"""Healthy size, on average, that a schedule leaves the updates, as a share of the
+largest.  A cosine and a straight line leave a half, a fall to a hundredth a fifth."""
 OUTLIER_SHARE = 0.01
 """Part of the examples that may be outliers."""
 OUTLIER_LIMIT = 0.5
@@ -156,6 +159,32 @@ def clipping_active(share: float) -> Finding:
         f"The optimizer clips {number(100 * share)}% of the gradients.",
         "Leave the clipping out and lower the learning rate until the loss falls; if"
         " that does not work, look for outliers among the examples.",
+    )
+
+
+def decays_early(sizes: npt.ArrayLike) -> Finding | None:
+    """Says where a schedule ends long before the training; a suspicion.
+
+    Args:
+        sizes: [steps], of updates by the same gradient, as a share of the largest.
+    """
+    # Accumulating optimizers update in some steps only: what is still to come counts.
+    to_come = np.maximum.accumulate(np.asarray(sizes, np.float64)[::-1])[::-1]
+    share = float(to_come.mean())
+    if not share < EARLY_SHARE:
+        return None
+    step = int(np.argmax(to_come < EARLY_SHARE))
+    return Finding(
+        "learning-rate/decays-early",
+        6,
+        "info",
+        "optimizer",
+        share,
+        EARLY_SHARE,
+        f"After {step} of {len(to_come)} steps the schedule has brought the updates"
+        f" below {number(100 * EARLY_SHARE)}% of their largest, and they stay there.",
+        "Stretch the schedule over the whole training: optax counts optimizer steps,"
+        " not epochs.",
     )
 
 

@@ -80,7 +80,7 @@ def clipping(optimizer: optax.GradientTransformation, params: Params) -> Clippin
         recognition without normalization", section 4.1, for limits by parameter.
     """
     check_optimizer("clipping", optimizer)
-    few = jax.tree.map(_corner, floats_of(params))
+    few = jax.tree.map(corner, floats_of(params))
     if not chooses(functools.partial(_updates, optimizer, few), few):
         count = len(jax.tree.leaves(few))
         return Clipping(jnp.zeros(count, bool), jnp.full(count, jnp.inf))
@@ -108,7 +108,7 @@ def scales_with_weights(
         >>> [bool(scales_with_weights(one, params)) for one in (decayed, scaled)]
         [False, True]
     """
-    few = jax.tree.map(_corner, floats_of(params))
+    few = jax.tree.map(corner, floats_of(params))
     zeros = jax.tree.map(jnp.zeros_like, few)
     large = jax.tree.map(lambda leaf: jnp.full_like(leaf, LEVELS[-1]), few)
     decay = _updates(optimizer, few, zeros)
@@ -145,7 +145,7 @@ def update_degree(
         >>> update_degree(optax.sgd(0.1), jnp.ones(2), size=1.0).round(3)
         Array(1., dtype=float32)
     """
-    few = jax.tree.map(_corner, floats_of(params))
+    few = jax.tree.map(corner, floats_of(params))
     zeros, ones = jax.tree.map(jnp.zeros_like, few), jax.tree.map(jnp.ones_like, few)
     sizes = []
     for factor in (size, 2 * size):
@@ -161,7 +161,7 @@ def _updates(
 ) -> PyTree:
     """The sum of the first updates by equal gradients."""
     extended = optax.with_extra_args_support(optimizer)
-    value_fn = functools.partial(_linear, params, grads)
+    value_fn = functools.partial(linear, params, grads)
 
     def step(state: PyTree, _: None) -> tuple[PyTree, PyTree]:
         updates, state = extended.update(
@@ -224,7 +224,8 @@ def _is_held(answers: Array) -> Array:
     return (steps[-1] <= TOLERANCE * largest + rounding / 10) & (largest > rounding)
 
 
-def _corner(leaf: Array) -> Array:
+def corner(leaf: Array) -> Array:
+    """Cuts a parameter to what is enough for an optimizer's answer."""
     return leaf[tuple(slice(SIDE) for _ in leaf.shape)]
 
 
@@ -260,7 +261,7 @@ def _answers(
 
     def step(state: PyTree, size: Array) -> tuple[PyTree, PyTree]:
         grads = jax.tree.map(lambda one: (size * one).astype(one.dtype), direction)
-        value_fn = functools.partial(_linear, params, grads)
+        value_fn = functools.partial(linear, params, grads)
         updates, state = extended.update(
             grads, state, params, value=value_fn(params), grad=grads, value_fn=value_fn
         )
@@ -278,7 +279,7 @@ def _answers(
     return jax.lax.map(probe, jnp.asarray(FACTORS, jnp.float32))
 
 
-def _linear(start: PyTree, grads: PyTree, params: PyTree) -> Array:
+def linear(start: PyTree, grads: PyTree, params: PyTree) -> Array:
     """A loss of 1 with these gradients, for optimizers that ask for its value."""
     leaves = (jax.tree.leaves(tree) for tree in (start, grads, params))
     return functools.reduce(

@@ -1,4 +1,4 @@
-"""Repairs that hand the optimizer other numbers: no weight decay, no clipping."""
+"""Repairs of the optimizer: no weight decay, no clipping, a schedule that stops."""
 
 import functools
 
@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from nnsanity.checks import learning_rate, regularization
 from nnsanity.quantities.clipping import clipping, scales_with_weights, update_degree
+from nnsanity.quantities.schedules import held_at_its_peak, schedule_of
 from nnsanity.trials.dynamics import attempted, share_of_clipped_steps
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.repairs import Repair
@@ -13,6 +14,7 @@ from nnsanity.trials.repairs import Repair
 LOWER = 0.1
 """Factor of the rate without clipping."""
 WITHOUT_DECAY = "leaving out the weight decay"
+AT_ITS_PEAK = "keeping the learning rate at its peak"
 WITHOUT_CLIPPING = f"training without clipping at {LOWER:g} times the learning rate"
 SMALL = {0: 2.0**-6, 1: 2.0**-30}
 """Factor of gradients that are not clipped, by the degree of the optimizer; where it
@@ -28,7 +30,11 @@ def optimizer_repairs(problem: Problem, skipped: dict[str, str]) -> tuple[Repair
     """
     if problem.optimizer is None:
         return ()
-    makers = {WITHOUT_DECAY: _without_decay, WITHOUT_CLIPPING: _without_clipping}
+    makers = {
+        WITHOUT_DECAY: _without_decay,
+        WITHOUT_CLIPPING: _without_clipping,
+        AT_ITS_PEAK: _at_its_peak,
+    }
     repairs: tuple[Repair, ...] = ()
     for name, make in makers.items():
         made = attempted(skipped, name, functools.partial(make, problem, skipped))
@@ -83,5 +89,27 @@ def _without_clipping(problem: Problem, skipped: dict[str, str]) -> tuple[Repair
             ),
             ("learning-rate/clipping-active",),
             learning_rate.clipping_active(share_of_clipped_steps(problem)),
+        ),
+    )
+
+
+def _at_its_peak(problem: Problem, skipped: dict[str, str]) -> tuple[Repair, ...]:
+    """Stops a schedule that ends early where its updates are largest."""
+    del skipped
+    optimizer = problem.optimizer
+    schedule = schedule_of(optimizer, problem.params, num_steps=problem.num_steps)
+    finding = None if schedule is None else learning_rate.decays_early(schedule.sizes)
+    if schedule is None or finding is None:
+        return ()
+    held = held_at_its_peak(optimizer, schedule)
+    return (
+        Repair(
+            AT_ITS_PEAK,
+            "schedule",
+            lambda copy, key: copy,
+            (finding.rule,),
+            finding,
+            is_suspected=True,
+            rewrite=lambda problem: problem._replace(optimizer=held),
         ),
     )

@@ -87,6 +87,29 @@ def test_healthy_optimizers_stay_silent(optimizer):
 
 
 @pytest.mark.slow
+def test_a_schedule_that_ends_early_is_a_cause():
+    ends = optax.cosine_decay_schedule(1e-2, decay_steps=8)  # epochs, not steps
+    report = checked(optax.adam(ends))
+    assert report.findings[0].rule == "learning-rate/decays-early"
+    assert "Keeping the learning rate at its peak" in report.findings[0].message
+    assert report.findings[0].severity in ("error", "warning")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        optax.cosine_decay_schedule(2e-2, decay_steps=300),
+        optax.warmup_exponential_decay_schedule(0.0, 3e-2, 20, 100, 0.3),
+    ],
+)
+def test_healthy_schedules_stay_silent(schedule):
+    report = checked(optax.adam(schedule))
+    assert rules(report, "error", "warning") == []
+    assert "learning-rate/decays-early" not in rules(report, "info")
+
+
+@pytest.mark.slow
 def test_outliers_are_named():
     targets = TARGETS.at[jnp.array([17, 90])].set(300.0)
     found = {one.rule: one for one in checked(optax.adam(1e-2), targets).findings}

@@ -10,8 +10,8 @@ MIN_GAIN = 0.1
 """Gain in quality that a repair must bring; a difference of this size between a faulty
 program and its repaired twin is worth a finding."""
 MIN_GAIN_BY_CHANCE = 0.2
-"""The same for another learning rate, batch, loss or other weights: nearly every
-healthy program could learn somewhat more from some other choice of these."""
+"""The same for another learning rate, loss, other weights, or a batch that nothing was
+measured against: nearly every healthy program could learn more from some of these."""
 MIN_SHARE = 0.2
 """Share of what is missing to a perfect quality that a repair must bring."""
 
@@ -84,10 +84,20 @@ def _differences(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 def needed_gain(before: Arm, after: Arm | None = None) -> float:
     """The gain that counts, of what was repaired last."""
-    groups = [] if after is None else [one.group for one in after.repairs]
-    is_chance = groups in (["rate"], ["weights"], ["loss"], ["batch"])
-    least = MIN_GAIN_BY_CHANCE if is_chance else MIN_GAIN
+    repairs = () if after is None else after.repairs
+    is_choice = len(repairs) == 1 and _is_choice(repairs[0])
+    least = MIN_GAIN_BY_CHANCE if is_choice else MIN_GAIN
     return max(least, MIN_SHARE * (1 - max(before.level, 0.0)))
+
+
+def _is_choice(repair: Repair) -> bool:
+    """Tells what could be chosen otherwise in a healthy program, too.
+
+    A batch far beyond the noise scale that was measured is none: its steps are too few
+    for their examples, which is what the other batch shows.
+    """
+    is_measured = repair.group == "batch" and bool(repair.rules)
+    return repair.group in ("rate", "weights", "loss", "batch") and not is_measured
 
 
 def helps(before: Arm, after: Arm) -> bool:

@@ -35,8 +35,8 @@ def test_what_is_memorized_does_not_count():
 
 
 class Group:
-    def __init__(self, group):
-        self.group = group
+    def __init__(self, group, *rules):
+        self.group, self.rules = group, rules
 
 
 @pytest.mark.parametrize("group", ["rate", "weights", "loss", "batch"])
@@ -45,3 +45,10 @@ def test_what_nearly_every_program_gains_from_has_to_bring_more(group):
     assert needed_gain(before, after) == MIN_GAIN_BY_CHANCE
     assert not helps(before, after)
     assert helps(before, after._replace(repairs=(Group("inputs"),)))
+
+
+def test_a_batch_beyond_the_measured_noise_is_no_matter_of_choice():
+    repairs = (Group("batch", "batch-size/too-large"),)
+    before, after = arm(0.85), arm(1.0)._replace(repairs=repairs)
+    assert helps(before, after)
+    assert not helps(before, arm(0.9)._replace(repairs=repairs))

@@ -45,13 +45,13 @@ def sharpness(
     below: what comes back is never above the truth, beyond rounding.  Networks that
     train at a constant rate are driven to this edge, so measure it early.
 
-    Lanczos iterations, each vector orthogonal to all before it.  Costs
-    ``num_iterations + 1`` products of the Hessian with a vector, each about two to
-    three gradients, one read of the vectors so far for each, and memory for
-    ``num_iterations`` copies of the parameters in float32, sharded as they are; without
-    the copies rounding would bring back what was found already, and the vector could
-    not be built.  10 to 30 iterations are usual.  Half precision limits the products
-    themselves to two or three digits, which the residual shows.
+    Lanczos iterations, whose vectors are made orthogonal to all before them where an
+    estimate says that rounding brings these back.  Costs ``num_iterations + 1``
+    products of the Hessian with a vector, each about two gradients, a read of the
+    vectors so far for some of them, and memory for ``num_iterations`` copies of the
+    parameters in float32, sharded as they are, of which the vector is built.  10 to 30
+    iterations are usual.  Half precision limits the products themselves to two or three
+    digits, which the residual shows.
 
     Args:
         loss_fn: ``loss_fn(params, batch) -> scalar``, twice differentiable.
@@ -84,6 +84,7 @@ def sharpness(
     References:
         Lanczos (1950), "An iteration method for the solution of the eigenvalue
         problem".
+        Simon (1984), "The Lanczos algorithm with partial reorthogonalization".
         LeCun, Simard and Pearlmutter (1992), "Automatic learning rate maximization by
         on-line estimation of the Hessian's eigenvectors".
         Cohen et al. (2021), "Gradient descent on neural networks typically occurs at
@@ -157,10 +158,13 @@ def _ritz_vector(
     shape = num_blocks, _BLOCK
     # Made of the parameters, so that they are sharded as those are.
     basis = [0 * jnp.stack([jnp.stack([one] * shape[1])] * shape[0]) for one in start]
-    tolerance = _BREAKDOWN * jnp.finfo(_inner(start, start).dtype).eps
+    eps = float(jnp.finfo(_inner(start, start).dtype).eps)
+    tolerance = _BREAKDOWN * eps
+    # Of a product, as a share of its size.
+    rounding = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
 
     def iterate(state: tuple, row: Array) -> tuple[tuple, tuple]:
-        basis, vector, before, beta, size, is_alive = state
+        basis, vector, before, beta, size, is_alive, overlap = state
         block, place = row // _BLOCK, row % _BLOCK
         basis = [
             jax.lax.dynamic_update_slice(old, one[None, None], (block, place, *zeros))
@@ -171,18 +175,32 @@ def _ritz_vector(
         alpha = _inner(vector, applied)
         size = jnp.maximum(size, _length(applied))
         rest = _plus(_plus(applied, vector, -alpha), before, -beta)
-        rest, beta = _orthogonal(rest, basis, block + 1)
+        length = _length(rest)
+        overlap = _grown(overlap, row, alpha, beta, length, rounding * size)
+        is_due = overlap.is_next | ~(jnp.max(overlap.now) < eps**0.5)
+        rest, beta = jax.lax.cond(
+            is_due,
+            lambda rest: _orthogonal(rest, length, basis, block + 1),
+            lambda rest: (rest, length),
+            rest,
+        )
+        overlap = overlap._replace(
+            now=jnp.where(is_due & (overlap.now > 0), eps, overlap.now),
+            is_next=is_due & ~overlap.is_next,
+        )
         goes_on = is_alive & (beta > tolerance * size)
         beta = jnp.where(goes_on, beta, 0)
         following = _scaled(
             rest, jnp.where(goes_on, 1 / jnp.where(goes_on, beta, 1), 0)
         )
-        state = basis, following, vector, beta, size, goes_on
+        state = basis, following, vector, beta, size, goes_on, overlap
         return state, (alpha, beta, is_alive)
 
     zero = 0 * _inner(start, start)
     nothing = [0 * one for one in start]
-    state: tuple = (basis, start, nothing, zero, zero, zero == 0)
+    none = jnp.full(num_iterations, zero)
+    overlap = _Overlap(none, none, none, none, zero != 0)
+    state: tuple = (basis, start, nothing, zero, zero, zero == 0, overlap)
     rows = jnp.arange(num_iterations)
     (basis, *_), (alphas, betas, is_alive) = jax.lax.scan(iterate, state, rows)
     weights = _largest_eigenvector(alphas, betas[:-1], is_alive)
@@ -190,6 +208,59 @@ def _ritz_vector(
     weights = weights.reshape(shape)
     vector = [_combined(weights, one, num_axes=2) for one in basis]
     return _rounded(vector, leaves)
+
+
+class _Overlap(NamedTuple):
+    """What the newest vector has in common with those before it, by rounding.
+
+    Attributes:
+        now: float[iterations], its inner product with each of them, at most.
+        last: the same of the vector before it.
+        alphas: the diagonal of the matrix so far.
+        betas: what stands before it in each row.
+        is_next: bool[], whether the next vector has to be made orthogonal in any case:
+            only two in a row keep what was taken out from coming back.
+    """
+
+    now: Array
+    last: Array
+    alphas: Array
+    betas: Array
+    is_next: Array
+
+
+def _grown(
+    overlap: _Overlap,
+    row: Array,
+    alpha: Array,
+    beta: Array,
+    length: Array,
+    noise: Array,
+) -> _Overlap:
+    """Goes on to the next vector, by the recurrence of the vectors themselves (Simon).
+
+    Args:
+        overlap: of vector ``row``.
+        row: of the matrix.
+        alpha: its diagonal.
+        beta: what stands before it.
+        length: what stands behind it, before anything is taken out.
+        noise: rounding of a product.
+    """
+    places = jnp.arange(len(overlap.now))
+    now = jnp.where(places == row, 1, overlap.now)
+    last = jnp.where(places == row - 1, 1, overlap.last)
+    alphas = jnp.where(places == row, alpha, overlap.alphas)
+    betas = jnp.where(places == row, beta, overlap.betas)
+    products = (
+        jnp.roll(betas * now, -1)
+        + (alphas - alpha) * now
+        + betas * jnp.roll(now, 1)
+        - beta * last
+    )
+    products = jnp.where(places < row, jnp.abs(products), 0) + noise
+    products = jnp.where(places <= row, products / length, 0)
+    return _Overlap(products, overlap.now, alphas, betas, overlap.is_next)
 
 
 def _largest_eigenvector(alphas: Array, betas: Array, is_alive: Array) -> Array:
@@ -227,11 +298,11 @@ def _plus(vector: Vector, other: Vector, factor: Array) -> Vector:
 
 
 def _orthogonal(
-    vector: Vector, basis: Vector, num_blocks: Array
+    vector: Vector, length: Array, basis: Vector, num_blocks: Array
 ) -> tuple[Vector, Array]:
     """Takes out what lies along the first blocks of the basis; and the length then.
 
-    What should be there already is rounding, and one turn takes it out, unless hardly
+    What should not be there is rounding, and one turn takes it out, unless hardly
     anything else was there (Daniel, Gragg, Kaufman and Stewart 1976): then two do.
     """
 
@@ -256,9 +327,8 @@ def _orthogonal(
         vector = jax.lax.fori_loop(0, num_blocks, without_block, vector)
         return vector, _length(vector)
 
-    before = _length(vector)
-    vector, length = once(vector)
-    return jax.lax.cond(length > before / 2, lambda one: (one, length), once, vector)
+    vector, rest = once(vector)
+    return jax.lax.cond(rest > length / 2, lambda one: (one, rest), once, vector)
 
 
 def _combined(weights: Array, rows: Array, *, num_axes: int) -> Array:

@@ -162,18 +162,22 @@ def clipping_active(share: float) -> Finding:
     )
 
 
-def decays_early(sizes: npt.ArrayLike) -> Finding | None:
+def decays_early(shares: npt.ArrayLike) -> Finding | None:
     """Says where a schedule ends long before the training; a suspicion.
 
     Args:
-        sizes: [steps], of updates by the same gradient, as a share of the largest.
+        shares: [steps], size of updates by the same gradient, as a share of what it is
+            with the rate at its peak; NaN in steps without an update.
     """
-    # Accumulating optimizers update in some steps only: what is still to come counts.
-    to_come = np.maximum.accumulate(np.asarray(sizes, np.float64)[::-1])[::-1]
+    values = np.asarray(shares, np.float64)
+    steps = np.flatnonzero(np.isfinite(values))
+    if not steps.size:
+        return None
+    to_come = np.maximum.accumulate(values[steps][::-1])[::-1]
     share = float(to_come.mean())
     if not share < EARLY_SHARE:
         return None
-    step = int(np.argmax(to_come < EARLY_SHARE))
+    step = int(steps[np.argmax(to_come < EARLY_SHARE)])
     return Finding(
         "learning-rate/decays-early",
         6,
@@ -181,8 +185,9 @@ def decays_early(sizes: npt.ArrayLike) -> Finding | None:
         "optimizer",
         share,
         EARLY_SHARE,
-        f"After {step} of {len(to_come)} steps the schedule has brought the updates"
-        f" below {number(100 * EARLY_SHARE)}% of their largest, and they stay there.",
+        f"The schedule leaves the updates {number(100 * share)}% of their largest on"
+        f" average, and less than {number(100 * EARLY_SHARE)}% from step {step} of"
+        f" {len(values)} on.",
         "Stretch the schedule over the whole training: optax counts optimizer steps,"
         " not epochs.",
     )

@@ -14,6 +14,8 @@ from nnsanity.tracing.tap import Taps, evaluate
 class Activations(dict[str, Array]):
     """Values by layer name, in the order of execution, also out of ``jax.jit``.
 
+    A dictionary; where JAX or Flax ask for a plain one, ``dict(found)`` is.
+
     Attributes:
         uninspected: parameters that belong to no layer, and why.
     """
@@ -62,4 +64,4 @@ def activations(apply_fn: ApplyFn, params: Params, inputs: PyTree) -> Activation
     leaves = jax.tree.leaves((params, inputs))
     _, readings = evaluate(network.program, leaves, taps)
     values = {name: readings[site].where_it_ran() for name, site in sites.items()}
-    return Activations(values, Uninspected.of(network))
+    return Activations(values, Uninspected(tuple(network.uninspected.items())))

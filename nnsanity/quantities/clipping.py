@@ -11,10 +11,9 @@ import optax
 from nnsanity._tree import in_float32
 from nnsanity._types import Array, Params, PyTree
 from nnsanity.quantities.descent import check_optimizer, floats_of
+from nnsanity.quantities.probing import corner, linear
 from nnsanity.tracing.choices import chooses
 
-SIDE = 2
-"""Parameters are cut to so much along each axis: clippers do not look at sizes."""
 NUM_STEPS = 16
 """Steps before the probe, and with it; gradients may be summed up over so many."""
 FACTORS = 2.0 ** np.arange(-4, 7)
@@ -224,11 +223,6 @@ def _is_held(answers: Array) -> Array:
     return (steps[-1] <= TOLERANCE * largest + rounding / 10) & (largest > rounding)
 
 
-def corner(leaf: Array) -> Array:
-    """Cuts a parameter to what is enough for an optimizer's answer."""
-    return leaf[tuple(slice(SIDE) for _ in leaf.shape)]
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _clipping(optimizer: optax.GradientTransformation, params: Params) -> Clipping:
     leaves, structure = jax.tree.flatten(params)
@@ -277,16 +271,6 @@ def _answers(
         return jax.tree.map(lambda one: jnp.sum(one, 0), updates)
 
     return jax.lax.map(probe, jnp.asarray(FACTORS, jnp.float32))
-
-
-def linear(start: PyTree, grads: PyTree, params: PyTree) -> Array:
-    """A loss of 1 with these gradients, for optimizers that ask for its value."""
-    leaves = (jax.tree.leaves(tree) for tree in (start, grads, params))
-    return functools.reduce(
-        jnp.add,
-        (jnp.sum(in_float32(g) * (p - p0)) for p0, g, p in zip(*leaves, strict=True)),
-        jnp.float32(1),
-    )
 
 
 def _limit(answers: Array) -> tuple[Array, Array]:

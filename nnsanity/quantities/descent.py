@@ -118,7 +118,7 @@ def trained(
     (floats, _), losses = jax.lax.scan(channels_last(step), state, (batches, scales))
     last = jax.tree.map(lambda leaf: leaf[-1], batches)
     params = with_floats(params, floats)
-    end = loss_fn(params, last)
+    end = channels_last(functools.partial(loss_fn, params))(last)
     return jnp.concatenate([losses, end[None]]).astype(jnp.float32), params
 
 

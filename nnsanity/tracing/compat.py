@@ -166,13 +166,14 @@ def is_literal(atom: Atom) -> bool:
 
 
 def bind(eqn: Equation, values: Sequence[Any]) -> list:
-    """Evaluates one equation on other operands."""
+    """Evaluates one equation on other operands, in the mesh that it was traced in."""
     arguments = eqn.primitive.get_bind_params(eqn.params)
-    if isinstance(arguments, tuple):  # (functions, parameters) up to JAX 0.8
-        functions, params = arguments
-        results = eqn.primitive.bind(*functions, *values, **params)
-    else:
-        results = eqn.primitive.bind(*values, **arguments)
+    with eqn.ctx.manager:
+        if isinstance(arguments, tuple):  # (functions, parameters) up to JAX 0.8
+            functions, params = arguments
+            results = eqn.primitive.bind(*functions, *values, **params)
+        else:
+            results = eqn.primitive.bind(*values, **arguments)
     return list(results) if eqn.primitive.multiple_results else [results]
 
 

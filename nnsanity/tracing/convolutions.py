@@ -22,7 +22,8 @@ def channels_last(fn: Callable) -> Callable:
     """Returns the function with its convolutions in the layout that is quick on a CPU.
 
     To be put around what is run inside of a loop, after its derivatives were taken.
-    Elsewhere, and on other devices, the compiler chooses layouts itself.
+    Elsewhere, and on other devices, the compiler chooses layouts itself.  What is not
+    differentiated and has a derivative of its own (``jax.custom_vjp``) stays as it is.
 
     Args:
         fn: any function of pytrees of arrays.
@@ -62,13 +63,14 @@ def _transposed(eqn: Equation, operands: list[Array]) -> list[Array]:
     spatial = range(rank - 2)
     image = (0, rank - 1, *(axis + 1 for axis in spatial))
     new = jax.lax.ConvDimensionNumbers(image, (rank - 1, rank - 2, *spatial), image)
-    outputs = jax.lax.conv_general_dilated(
-        _moved(inputs, old.lhs_spec, new.lhs_spec),
-        _moved(kernel, old.rhs_spec, new.rhs_spec),
-        dimension_numbers=new,
-        **params,
-    )
-    return [_moved(outputs, new.out_spec, old.out_spec)]
+    with eqn.ctx.manager:
+        outputs = jax.lax.conv_general_dilated(
+            _moved(inputs, old.lhs_spec, new.lhs_spec),
+            _moved(kernel, old.rhs_spec, new.rhs_spec),
+            dimension_numbers=new,
+            **params,
+        )
+        return [_moved(outputs, new.out_spec, old.out_spec)]
 
 
 def _moved(array: Array, old: Sequence[int], new: Sequence[int]) -> Array:

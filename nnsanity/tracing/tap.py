@@ -193,6 +193,10 @@ def _run_inside(
     if eqn.primitive.name.startswith("custom_"):
         return _run_beside(run, eqn, body, operands, slots)
     if eqn.primitive.name in compat.REMATERIALIZATIONS and path not in run.taps.inline:
+        if eqn.params["differentiated"]:  # what the backward pass computes again
+            if eqn.params["prevent_cse"]:
+                operands = jax.lax.optimization_barrier(operands)
+            return _run(run, body, operands, slots)
         options = {name: eqn.params[name] for name in ("policy", "prevent_cse")}
         rematerialized = jax.checkpoint(
             lambda operands, slots: _run(run, body, operands, slots), **options

@@ -10,8 +10,9 @@ MIN_GAIN = 0.1
 """Gain in quality that a repair must bring; a difference of this size between a faulty
 program and its repaired twin is worth a finding."""
 MIN_GAIN_BY_CHANCE = 0.2
-"""The same for another learning rate, loss, other weights, or a batch that nothing was
-measured against: nearly every healthy program could learn more from some of these."""
+"""The same for another rate, schedule or loss, other weights, or a batch that nothing
+was measured against: nearly every healthy program could learn more from some of them.
+"""
 MIN_SHARE = 0.2
 """Share of what is missing to a perfect quality that a repair must bring."""
 
@@ -97,7 +98,8 @@ def _is_choice(repair: Repair) -> bool:
     for their examples, which is what the other batch shows.
     """
     is_measured = repair.group == "batch" and bool(repair.rules)
-    return repair.group in ("rate", "weights", "loss", "batch") and not is_measured
+    is_free = repair.group in ("rate", "schedule", "weights", "loss", "batch")
+    return is_free and not is_measured
 
 
 def helps(before: Arm, after: Arm) -> bool:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from nnsanity.checks import learning_rate, regularization
 from nnsanity.quantities.clipping import clipping, scales_with_weights, update_degree
-from nnsanity.quantities.schedules import held_at_its_peak, schedule_of
+from nnsanity.quantities.schedules import held, schedule_of
 from nnsanity.trials.dynamics import attempted, share_of_clipped_steps
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.repairs import Repair
@@ -98,10 +98,10 @@ def _at_its_peak(problem: Problem, skipped: dict[str, str]) -> tuple[Repair, ...
     del skipped
     optimizer = problem.optimizer
     schedule = schedule_of(optimizer, problem.params, num_steps=problem.num_steps)
-    finding = None if schedule is None else learning_rate.decays_early(schedule.sizes)
+    finding = None if schedule is None else learning_rate.decays_early(schedule.shares)
     if schedule is None or finding is None:
         return ()
-    held = held_at_its_peak(optimizer, schedule)
+    at_its_peak = held(optimizer, schedule.counts)
     return (
         Repair(
             AT_ITS_PEAK,
@@ -110,6 +110,6 @@ def _at_its_peak(problem: Problem, skipped: dict[str, str]) -> tuple[Repair, ...
             (finding.rule,),
             finding,
             is_suspected=True,
-            rewrite=lambda problem: problem._replace(optimizer=held),
+            rewrite=lambda problem: problem._replace(optimizer=at_its_peak),
         ),
     )

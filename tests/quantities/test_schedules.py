@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from nnsanity.checks.learning_rate import decays_early
-from nnsanity.quantities.schedules import held_at_its_peak, schedule_of
+from nnsanity.quantities.schedules import held, schedule_of
 
 PARAMS = {"w": jnp.full((3, 5), 0.5), "b": jnp.zeros(5), "n": jnp.int32(3)}
 FLOATS = {"w": jnp.full((3, 5), 0.5), "b": jnp.zeros(5)}
@@ -40,11 +40,18 @@ SCHEDULED = {
 }
 
 
+def shares_of(optimizer, num_steps=STEPS):
+    return np.asarray(schedule_of(optimizer, FLOATS, num_steps=num_steps).shares)
+
+
 @pytest.mark.parametrize("name", SCHEDULED)
-def test_sizes_are_those_of_the_schedule(name):
+def test_shares_are_those_of_the_schedule(name):
     optimizer, rates = SCHEDULED[name]
-    found = schedule_of(optimizer, FLOATS, num_steps=STEPS)
-    np.testing.assert_allclose(found.sizes, rates / rates.max(), rtol=1e-3, atol=1e-6)
+    found = shares_of(optimizer)
+    np.testing.assert_array_equal(np.isfinite(found), rates > 0)
+    expected = np.where(rates > 0, rates / rates.max(), np.nan)
+    expected[: np.argmax(rates)][rates[: np.argmax(rates)] > 0] = 1  # not held yet
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -62,60 +69,84 @@ def test_without_a_schedule_nothing_is_run(optimizer):
 
 
 @pytest.mark.parametrize("name", SCHEDULED)
-def test_held_updates_stay_at_their_largest(name):
+def test_held_schedules_stay_where_they_are_largest(name):
     optimizer, rates = SCHEDULED[name]
-    found = schedule_of(optimizer, FLOATS, num_steps=STEPS)
-    held = held_at_its_peak(optimizer, found)
-    after = np.asarray(schedule_of(held, FLOATS, num_steps=STEPS).sizes)
+    stops = schedule_of(optimizer, FLOATS, num_steps=STEPS).counts
+    after = shares_of(held(optimizer, stops))
     peak = int(np.argmax(rates))
-    np.testing.assert_allclose(after[:peak], rates[:peak] / rates.max(), rtol=1e-3)
     later = after[peak:]
-    np.testing.assert_allclose(later[later > 0], 1, rtol=1e-3)
-    assert (later > 0).sum() >= len(later) // 4
+    assert np.isfinite(later).sum() >= len(later) // 4
+    np.testing.assert_allclose(later[np.isfinite(later)], 1, rtol=1e-3)
 
 
 def test_held_adam_keeps_its_own_count():
     """Its correction of the moments' start at zero would be wrong otherwise."""
     optimizer = optax.adam(HALVED)
-    held = held_at_its_peak(optimizer, schedule_of(optimizer, FLOATS, num_steps=STEPS))
+    stopped = held(optimizer, schedule_of(optimizer, FLOATS, num_steps=STEPS).counts)
     plain, grads = optax.adam(0.1), jax.tree.map(jnp.ones_like, FLOATS)
-    states = held.init(FLOATS), plain.init(FLOATS)
+    states = stopped.init(FLOATS), plain.init(FLOATS)
     for step in range(10):
         grads = jax.tree.map(lambda one: -0.7 * one, grads)
         (ours, mine), (theirs, other) = (
             one.update(grads, state, FLOATS)
-            for one, state in zip((held, plain), states, strict=True)
+            for one, state in zip((stopped, plain), states, strict=True)
         )
         states = mine, other
         np.testing.assert_allclose(ours["w"], theirs["w"], rtol=1e-6, err_msg=step)
 
 
+WHOLE, SHORT = (optax.cosine_decay_schedule(0.1, steps) for steps in (300, 8))
 HEALTHY = {
-    "constant": np.ones(STEPS),
-    "cosine": rate_of(optax.cosine_decay_schedule(1.0, STEPS)),
-    "linear": rate_of(optax.linear_schedule(1.0, 0.0, STEPS)),
-    "to a hundredth": rate_of(optax.exponential_decay(1.0, STEPS, 0.01)),
-    "in three stairs": rate_of(
-        optax.piecewise_constant_schedule(1.0, {STEPS // 3: 0.1, 2 * STEPS // 3: 0.1})
+    "constant": optax.sgd(optax.constant_schedule(0.1), 0.9),
+    "cosine": optax.adam(WHOLE),
+    "linear": optax.sgd(optax.linear_schedule(1.0, 0.0, 300)),
+    "to a hundredth": optax.adamw(optax.exponential_decay(1.0, 300, 0.01)),
+    "in three stairs": optax.sgd(
+        optax.piecewise_constant_schedule(1.0, {100: 0.1, 200: 0.1}), 0.9
     ),
-    "a long warm-up": rate_of(optax.linear_schedule(0.0, 1.0, STEPS)),
-    "every 16th step": np.arange(STEPS) % 16 == 15,
+    "a long warm-up": optax.adam(optax.linear_schedule(0.0, 1.0, 300)),
+    "a warm-up that ends after the training": optax.adam(
+        optax.linear_schedule(0.0, 1.0, 20_000)
+    ),
+    "every 16th step": optax.MultiSteps(
+        optax.adam(WHOLE), 16
+    ).gradient_transformation(),
+    "no step at all": optax.MultiSteps(
+        optax.adam(WHOLE), 400
+    ).gradient_transformation(),
+    "a rate of nothing": optax.sgd(optax.constant_schedule(0.0)),
+    # Their updates by one gradient shrink by themselves.
+    "adagrad": optax.adagrad(optax.constant_schedule(0.1)),
+    "adagrad, cosine": optax.adagrad(WHOLE),
+    "rmsprop, cosine": optax.rmsprop(WHOLE, decay=0.99),
+    "plateau": optax.chain(
+        optax.adam(optax.linear_schedule(0.0, 1e-2, 10)),
+        optax.contrib.reduce_on_plateau(patience=5, factor=0.5),
+    ),
 }
 FAULTY = {
-    "halved every other step": rate_of(optax.exponential_decay(1.0, 2, 0.5)),
-    "steps taken for epochs": rate_of(optax.cosine_decay_schedule(1.0, 3)),
+    "halved every other step": optax.sgd(optax.exponential_decay(1.0, 2, 0.5)),
+    "steps taken for epochs": optax.adam(SHORT),
+    "the same behind a clip": optax.chain(optax.clip(0.1), optax.adamw(SHORT)),
+    "the same in rmsprop": optax.rmsprop(SHORT, decay=0.99),
+    "the same as a hyperparameter": optax.inject_hyperparams(optax.adam)(SHORT),
 }
 
 
 @pytest.mark.parametrize("name", [*HEALTHY, *FAULTY])
 def test_what_ends_early_is_suspected(name):
-    sizes = (HEALTHY | FAULTY)[name]
-    finding = decays_early(sizes)
+    finding = decays_early(shares_of((HEALTHY | FAULTY)[name], 300))
     assert (finding is not None) == (name in FAULTY)
 
 
-def test_the_step_from_which_on_updates_are_small():
+def test_the_numbers_of_the_finding():
     # 0.5 ** (step / 2): under a tenth from step 7 on, and 1 / (1 - 0.5 ** 0.5) in sum.
-    finding = decays_early(FAULTY["halved every other step"])
-    assert "After 7 of 40 steps" in finding.message
-    assert finding.measured == pytest.approx(1 / (1 - 0.5**0.5) / 40, rel=1e-5)
+    finding = decays_early(shares_of(FAULTY["halved every other step"], 300))
+    assert "from step 7 of 300 on" in finding.message
+    assert finding.measured == pytest.approx(1 / (1 - 0.5**0.5) / 300, rel=1e-3)
+    assert "1.14% of their largest on average" in finding.message
+
+
+def test_parameters_that_are_no_numbers():
+    found = schedule_of(optax.adam(SHORT), PARAMS, num_steps=STEPS)
+    assert found.shares[0] == 1

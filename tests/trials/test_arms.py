@@ -39,7 +39,7 @@ class Group:
         self.group, self.rules = group, rules
 
 
-@pytest.mark.parametrize("group", ["rate", "weights", "loss", "batch"])
+@pytest.mark.parametrize("group", ["rate", "schedule", "weights", "loss", "batch"])
 def test_what_nearly_every_program_gains_from_has_to_bring_more(group):
     before, after = arm(0.85), arm(1.0)._replace(repairs=(Group(group),))
     assert needed_gain(before, after) == MIN_GAIN_BY_CHANCE

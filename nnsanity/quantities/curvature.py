@@ -50,8 +50,9 @@ def sharpness(
     products of the Hessian with a vector, each about two gradients, a read of the
     vectors so far for some of them, and memory for ``num_iterations`` copies of the
     parameters in float32, sharded as they are, of which the vector is built.  10 to 30
-    iterations are usual.  Half precision limits the products themselves to two or three
-    digits, which the residual shows.
+    iterations are usual.  The residual can't fall below rounding, some 1e-5 of the
+    eigenvalue that is largest in size.  Half precision limits the products themselves
+    to two or three digits, which the residual shows.
 
     Args:
         loss_fn: ``loss_fn(params, batch) -> scalar``, twice differentiable.
@@ -125,7 +126,8 @@ def _sharpness(
         return [in_float32(jnp.conj(one)) for one in products]
 
     start = _random_like(leaves, key)
-    vector = _ritz_vector(channels_last(product), leaves, start, num_iterations)
+    space = _lanczos(channels_last(product), leaves, start, num_iterations)
+    vector = _ritz_vector(space, leaves)
     applied = product(vector)
     vector = [in_float32(one) for one in vector]
     # Half precision has rounded the vector, so its length is measured and not assumed.
@@ -146,13 +148,30 @@ def _random_like(leaves: Vector, key: Array) -> Vector:
     ]
 
 
-def _ritz_vector(
+class _Space(NamedTuple):
+    """What Lanczos iterations leave.
+
+    Attributes:
+        basis: [blocks, vectors, ...] for each leaf.
+        alphas: float[iterations], the diagonal of the matrix between the vectors.
+        betas: float[iterations], beside the diagonal, after each alpha.
+        is_alive: bool[iterations]; False where no new direction was left.
+        is_due: bool[iterations], whether the next vector was made orthogonal.
+    """
+
+    basis: Vector
+    alphas: Array
+    betas: Array
+    is_alive: Array
+    is_due: Array
+
+
+def _lanczos(
     product: Callable[[Vector], Vector],
     leaves: Vector,
     start: Vector,
     num_iterations: int,
-) -> Vector:
-    """Returns the best unit vector of the Krylov space, in the parameters' dtypes."""
+) -> _Space:
     num_blocks = -(-num_iterations // _BLOCK)
     start = _scaled(start, 1 / _length(start))
     shape = num_blocks, _BLOCK
@@ -194,7 +213,7 @@ def _ritz_vector(
             rest, jnp.where(goes_on, 1 / jnp.where(goes_on, beta, 1), 0)
         )
         state = basis, following, vector, beta, size, goes_on, overlap
-        return state, (alpha, beta, is_alive)
+        return state, (alpha, beta, is_alive, is_due)
 
     zero = 0 * _inner(start, start)
     nothing = [0 * one for one in start]
@@ -202,11 +221,17 @@ def _ritz_vector(
     overlap = _Overlap(none, none, none, none, zero != 0)
     state: tuple = (basis, start, nothing, zero, zero, zero == 0, overlap)
     rows = jnp.arange(num_iterations)
-    (basis, *_), (alphas, betas, is_alive) = jax.lax.scan(iterate, state, rows)
-    weights = _largest_eigenvector(alphas, betas[:-1], is_alive)
-    weights = jnp.pad(weights, (0, num_blocks * _BLOCK - num_iterations))
+    (basis, *_), found = jax.lax.scan(iterate, state, rows)
+    return _Space(basis, *found)
+
+
+def _ritz_vector(space: _Space, leaves: Vector) -> Vector:
+    """Returns the best vector of the space, in the dtypes of the parameters."""
+    weights = _largest_eigenvector(space.alphas, space.betas[:-1], space.is_alive)
+    shape = space.basis[0].shape[:2]
+    weights = jnp.pad(weights, (0, shape[0] * shape[1] - len(weights)))
     weights = weights.reshape(shape)
-    vector = [_combined(weights, one, num_axes=2) for one in basis]
+    vector = [_combined(weights, one, num_axes=2) for one in space.basis]
     return _rounded(vector, leaves)
 
 
@@ -217,7 +242,7 @@ class _Overlap(NamedTuple):
         now: float[iterations], its inner product with each of them, at most.
         last: the same of the vector before it.
         alphas: the diagonal of the matrix so far.
-        betas: what stands before it in each row.
+        betas: beside the diagonal, before each alpha.
         is_next: bool[], whether the next vector has to be made orthogonal in any case:
             only two in a row keep what was taken out from coming back.
     """
@@ -245,7 +270,7 @@ def _grown(
         alpha: its diagonal.
         beta: what stands before it.
         length: what stands behind it, before anything is taken out.
-        noise: rounding of a product.
+        noise: rounding of a product, in units of its length.
     """
     places = jnp.arange(len(overlap.now))
     now = jnp.where(places == row, 1, overlap.now)

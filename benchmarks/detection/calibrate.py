@@ -9,7 +9,6 @@ which a rule was an alarm, an error or a warning, or else a note.
 
 import argparse
 import re
-from collections import Counter
 from pathlib import Path
 
 from run import FAULTS, findings_of, wilson
@@ -29,24 +28,20 @@ def programs():
     return found
 
 
-def counted(seeds):
-    """Counts the runs with an alarm and with a note, by rule; and all of them."""
-    alarms, notes, num_runs, num_alarmed = Counter(), Counter(), 0, 0
+def looked_at(seeds):
+    """Returns for each run the rules that were alarms, and those that were notes."""
+    runs = []
     for program in programs():
         for seed in range(seeds):
             findings, seconds = findings_of(program, seed)
             loud = {one.rule for one in findings if one.severity != "info"}
-            alarms.update(loud)
-            notes.update({one.rule for one in findings} - loud)
-            num_runs, num_alarmed = num_runs + 1, num_alarmed + bool(loud)
-            print(
-                f"{num_runs:4} {', '.join(sorted(loud)) or 'silent'} ({seconds:.0f} s)",
-                flush=True,
-            )
-    return alarms, notes, num_runs, num_alarmed
+            runs.append((loud, {one.rule for one in findings} - loud))
+            words = ", ".join(sorted(loud)) or "silent"
+            print(f"{len(runs):4} {words} ({seconds:.0f} s)", flush=True)
+    return runs
 
 
-def with_column(page, alarms, notes, num_runs):
+def with_column(page, runs):
     """Writes the last column of the first table, or fills it anew."""
     lines, is_in = page.splitlines(), False
     for number, line in enumerate(lines):
@@ -58,7 +53,7 @@ def with_column(page, alarms, notes, num_runs):
         elif line.startswith("|---"):
             cell = "---"
         else:
-            cell = _cell(RULE.findall(line.split("|")[1]), alarms, notes, num_runs)
+            cell = _cell({*RULE.findall(line.split("|")[1])}, runs)
         if is_in:
             parts = line.rstrip().rstrip("|").split("|")
             kept = parts[: -1 if has_column else None]
@@ -66,13 +61,15 @@ def with_column(page, alarms, notes, num_runs):
     return "\n".join(lines) + "\n"
 
 
-def _cell(rules, alarms, notes, num_runs):
-    words = [
-        f"{word} {100 * count / num_runs:.2g}%"
-        for word, counts in (("alarm", alarms), ("note", notes))
-        if (count := sum(counts[rule] for rule in rules))
-    ]
-    return ", ".join(words)
+def _cell(rules, runs):
+    """In which share of the runs one of the rules was an alarm, or else a note."""
+    alarms = [bool(rules & loud) for loud, _ in runs]
+    notes = [bool(rules & quiet) and not rules & loud for loud, quiet in runs]
+    return ", ".join(
+        f"{word} {100 * sum(one) / len(runs):.0f}%"
+        for word, one in (("alarm", alarms), ("note", notes))
+        if any(one)
+    )
 
 
 def main():
@@ -80,12 +77,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=1)
     seeds = parser.parse_args().seeds
-    alarms, notes, num_runs, num_alarmed = counted(seeds)
-    PAGE.write_text(with_column(PAGE.read_text(), alarms, notes, num_runs))
-    low, high = wilson(num_alarmed / num_runs, num_runs)
-    print(f"{num_alarmed} of {num_runs} runs with an alarm, {low:.1%} to {high:.1%}")
-    for rule, count in alarms.most_common():
-        print(f"  {rule:44} {count}")
+    runs = looked_at(seeds)
+    PAGE.write_text(with_column(PAGE.read_text(), runs))
+    num_alarmed = sum(bool(loud) for loud, _ in runs)
+    low, high = wilson(num_alarmed / len(runs), len(runs))
+    print(f"{num_alarmed} of {len(runs)} runs with an alarm, {low:.1%} to {high:.1%}")
 
 
 if __name__ == "__main__":

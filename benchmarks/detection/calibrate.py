@@ -57,7 +57,8 @@ def with_column(page, runs):
         if is_in:
             parts = line.rstrip().rstrip("|").split("|")
             kept = parts[: -1 if has_column else None]
-            lines[number] = "|".join([*kept, f" {cell} |" if cell else " |"])
+            padded = cell if cell == "---" else f" {cell} ".replace("  ", " ")
+            lines[number] = "|".join([*kept, padded, ""])
     return "\n".join(lines) + "\n"
 
 

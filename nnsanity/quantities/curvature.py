@@ -50,7 +50,7 @@ def sharpness(
     products of the Hessian with a vector, each about two gradients, a read of the
     vectors so far for some of them, and memory for ``num_iterations`` copies of the
     parameters in float32, sharded as they are, of which the vector is built.  10 to 30
-    iterations are usual.  The residual can't fall below rounding, some 1e-5 of the
+    iterations are usual.  The residual can't fall below rounding, some 1e-4 of the
     eigenvalue that is largest in size.  Half precision limits the products themselves
     to two or three digits, which the residual shows.
 
@@ -179,8 +179,8 @@ def _lanczos(
     basis = [0 * jnp.stack([jnp.stack([one] * shape[1])] * shape[0]) for one in start]
     eps = float(jnp.finfo(_inner(start, start).dtype).eps)
     tolerance = _BREAKDOWN * eps
-    # Of a product, as a share of its size.
-    rounding = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
+    # Of a product, as a share of its size, and with room to spare.
+    rounding = _BREAKDOWN * max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
 
     def iterate(state: tuple, row: Array) -> tuple[tuple, tuple]:
         basis, vector, before, beta, size, is_alive, overlap = state

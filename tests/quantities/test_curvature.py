@@ -59,7 +59,7 @@ def test_quadratics_of_known_spectrum(spectrum, num_iterations):
     found = sharpness(quadratic, x, matrix, key=KEY, num_iterations=num_iterations)
     size = np.max(np.abs(spectrum))
     assert float(found.eigenvalue) == pytest.approx(max(spectrum), abs=1e-5 * size)
-    assert 0 <= found.residual < 1e-4 * size
+    assert 0 <= found.residual < 1e-3 * size
 
 
 @pytest.mark.parametrize(

@@ -45,14 +45,13 @@ def sharpness(
     below: what comes back is never above the truth, beyond rounding.  Networks that
     train at a constant rate are driven to this edge, so measure it early.
 
-    Lanczos iterations, whose vectors are made orthogonal to all before them where an
-    estimate says that rounding brings these back.  Costs ``num_iterations + 1``
-    products of the Hessian with a vector, each about two gradients, a read of the
-    vectors so far for some of them, and memory for ``num_iterations`` copies of the
-    parameters in float32, sharded as they are, of which the vector is built.  10 to 30
-    iterations are usual.  The residual can't fall below rounding, some 1e-4 of the
-    eigenvalue that is largest in size.  Half precision limits the products themselves
-    to two or three digits, which the residual shows.
+    Lanczos iterations, each vector orthogonal to all before it.  Costs
+    ``num_iterations + 1`` products of the Hessian with a vector, each about two to
+    three gradients, one read of the vectors so far for each, and memory for
+    ``num_iterations`` copies of the parameters in float32, sharded as they are; without
+    the copies rounding would bring back what was found already, and the vector could
+    not be built.  10 to 30 iterations are usual.  Half precision limits the products
+    themselves to two or three digits, which the residual shows.
 
     Args:
         loss_fn: ``loss_fn(params, batch) -> scalar``, twice differentiable.
@@ -85,7 +84,6 @@ def sharpness(
     References:
         Lanczos (1950), "An iteration method for the solution of the eigenvalue
         problem".
-        Simon (1984), "The Lanczos algorithm with partial reorthogonalization".
         LeCun, Simard and Pearlmutter (1992), "Automatic learning rate maximization by
         on-line estimation of the Hessian's eigenvectors".
         Cohen et al. (2021), "Gradient descent on neural networks typically occurs at
@@ -126,8 +124,7 @@ def _sharpness(
         return [in_float32(jnp.conj(one)) for one in products]
 
     start = _random_like(leaves, key)
-    space = _lanczos(channels_last(product), leaves, start, num_iterations)
-    vector = _ritz_vector(space, leaves)
+    vector = _ritz_vector(channels_last(product), leaves, start, num_iterations)
     applied = product(vector)
     vector = [in_float32(one) for one in vector]
     # Half precision has rounded the vector, so its length is measured and not assumed.
@@ -148,42 +145,22 @@ def _random_like(leaves: Vector, key: Array) -> Vector:
     ]
 
 
-class _Space(NamedTuple):
-    """What Lanczos iterations leave.
-
-    Attributes:
-        basis: [blocks, vectors, ...] for each leaf.
-        alphas: float[iterations], the diagonal of the matrix between the vectors.
-        betas: float[iterations], beside the diagonal, after each alpha.
-        is_alive: bool[iterations]; False where no new direction was left.
-        is_due: bool[iterations], whether the next vector was made orthogonal.
-    """
-
-    basis: Vector
-    alphas: Array
-    betas: Array
-    is_alive: Array
-    is_due: Array
-
-
-def _lanczos(
+def _ritz_vector(
     product: Callable[[Vector], Vector],
     leaves: Vector,
     start: Vector,
     num_iterations: int,
-) -> _Space:
+) -> Vector:
+    """Returns the best unit vector of the Krylov space, in the parameters' dtypes."""
     num_blocks = -(-num_iterations // _BLOCK)
     start = _scaled(start, 1 / _length(start))
     shape = num_blocks, _BLOCK
     # Made of the parameters, so that they are sharded as those are.
     basis = [0 * jnp.stack([jnp.stack([one] * shape[1])] * shape[0]) for one in start]
-    eps = float(jnp.finfo(_inner(start, start).dtype).eps)
-    tolerance = _BREAKDOWN * eps
-    # Of a product, as a share of its size, and with room to spare.
-    rounding = _BREAKDOWN * max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
+    tolerance = _BREAKDOWN * jnp.finfo(_inner(start, start).dtype).eps
 
     def iterate(state: tuple, row: Array) -> tuple[tuple, tuple]:
-        basis, vector, before, beta, size, is_alive, overlap = state
+        basis, vector, before, beta, size, is_alive = state
         block, place = row // _BLOCK, row % _BLOCK
         basis = [
             jax.lax.dynamic_update_slice(old, one[None, None], (block, place, *zeros))
@@ -194,98 +171,25 @@ def _lanczos(
         alpha = _inner(vector, applied)
         size = jnp.maximum(size, _length(applied))
         rest = _plus(_plus(applied, vector, -alpha), before, -beta)
-        length = _length(rest)
-        overlap = _grown(overlap, row, alpha, beta, length, rounding * size)
-        is_due = overlap.is_next | ~(jnp.max(overlap.now) < eps**0.5)
-        rest, beta = jax.lax.cond(
-            is_due,
-            lambda rest: _orthogonal(rest, length, basis, block + 1),
-            lambda rest: (rest, length),
-            rest,
-        )
-        overlap = overlap._replace(
-            now=jnp.where(is_due & (overlap.now > 0), eps, overlap.now),
-            is_next=is_due & ~overlap.is_next,
-        )
+        rest, beta = _orthogonal(rest, basis, block + 1)
         goes_on = is_alive & (beta > tolerance * size)
         beta = jnp.where(goes_on, beta, 0)
         following = _scaled(
             rest, jnp.where(goes_on, 1 / jnp.where(goes_on, beta, 1), 0)
         )
-        state = basis, following, vector, beta, size, goes_on, overlap
-        return state, (alpha, beta, is_alive, is_due)
+        state = basis, following, vector, beta, size, goes_on
+        return state, (alpha, beta, is_alive)
 
     zero = 0 * _inner(start, start)
     nothing = [0 * one for one in start]
-    none = jnp.full(num_iterations, zero)
-    overlap = _Overlap(none, none, none, none, zero != 0)
-    state: tuple = (basis, start, nothing, zero, zero, zero == 0, overlap)
+    state: tuple = (basis, start, nothing, zero, zero, zero == 0)
     rows = jnp.arange(num_iterations)
-    (basis, *_), found = jax.lax.scan(iterate, state, rows)
-    return _Space(basis, *found)
-
-
-def _ritz_vector(space: _Space, leaves: Vector) -> Vector:
-    """Returns the best vector of the space, in the dtypes of the parameters."""
-    weights = _largest_eigenvector(space.alphas, space.betas[:-1], space.is_alive)
-    shape = space.basis[0].shape[:2]
-    weights = jnp.pad(weights, (0, shape[0] * shape[1] - len(weights)))
+    (basis, *_), (alphas, betas, is_alive) = jax.lax.scan(iterate, state, rows)
+    weights = _largest_eigenvector(alphas, betas[:-1], is_alive)
+    weights = jnp.pad(weights, (0, num_blocks * _BLOCK - num_iterations))
     weights = weights.reshape(shape)
-    vector = [_combined(weights, one, num_axes=2) for one in space.basis]
+    vector = [_combined(weights, one, num_axes=2) for one in basis]
     return _rounded(vector, leaves)
-
-
-class _Overlap(NamedTuple):
-    """What the newest vector has in common with those before it, by rounding.
-
-    Attributes:
-        now: float[iterations], its inner product with each of them, at most.
-        last: the same of the vector before it.
-        alphas: the diagonal of the matrix so far.
-        betas: beside the diagonal, before each alpha.
-        is_next: bool[], whether the next vector has to be made orthogonal in any case:
-            only two in a row keep what was taken out from coming back.
-    """
-
-    now: Array
-    last: Array
-    alphas: Array
-    betas: Array
-    is_next: Array
-
-
-def _grown(
-    overlap: _Overlap,
-    row: Array,
-    alpha: Array,
-    beta: Array,
-    length: Array,
-    noise: Array,
-) -> _Overlap:
-    """Goes on to the next vector, by the recurrence of the vectors themselves (Simon).
-
-    Args:
-        overlap: of vector ``row``.
-        row: of the matrix.
-        alpha: its diagonal.
-        beta: what stands before it.
-        length: what stands behind it, before anything is taken out.
-        noise: rounding of a product, in units of its length.
-    """
-    places = jnp.arange(len(overlap.now))
-    now = jnp.where(places == row, 1, overlap.now)
-    last = jnp.where(places == row - 1, 1, overlap.last)
-    alphas = jnp.where(places == row, alpha, overlap.alphas)
-    betas = jnp.where(places == row, beta, overlap.betas)
-    products = (
-        jnp.roll(betas * now, -1)
-        + (alphas - alpha) * now
-        + betas * jnp.roll(now, 1)
-        - beta * last
-    )
-    products = jnp.where(places < row, jnp.abs(products), 0) + noise
-    products = jnp.where(places <= row, products / length, 0)
-    return _Overlap(products, overlap.now, alphas, betas, overlap.is_next)
 
 
 def _largest_eigenvector(alphas: Array, betas: Array, is_alive: Array) -> Array:
@@ -323,11 +227,11 @@ def _plus(vector: Vector, other: Vector, factor: Array) -> Vector:
 
 
 def _orthogonal(
-    vector: Vector, length: Array, basis: Vector, num_blocks: Array
+    vector: Vector, basis: Vector, num_blocks: Array
 ) -> tuple[Vector, Array]:
     """Takes out what lies along the first blocks of the basis; and the length then.
 
-    What should not be there is rounding, and one turn takes it out, unless hardly
+    What should be there already is rounding, and one turn takes it out, unless hardly
     anything else was there (Daniel, Gragg, Kaufman and Stewart 1976): then two do.
     """
 
@@ -352,8 +256,9 @@ def _orthogonal(
         vector = jax.lax.fori_loop(0, num_blocks, without_block, vector)
         return vector, _length(vector)
 
-    vector, rest = once(vector)
-    return jax.lax.cond(rest > length / 2, lambda one: (one, rest), once, vector)
+    before = _length(vector)
+    vector, length = once(vector)
+    return jax.lax.cond(length > before / 2, lambda one: (one, length), once, vector)
 
 
 def _combined(weights: Array, rows: Array, *, num_axes: int) -> Array:

@@ -166,7 +166,7 @@ def is_literal(atom: Atom) -> bool:
 
 
 def bind(eqn: Equation, values: Sequence[Any]) -> list:
-    """Evaluates one equation on other operands, in the mesh that it was traced in."""
+    """Evaluates one equation on other operands, in the context it was traced in."""
     arguments = eqn.primitive.get_bind_params(eqn.params)
     with eqn.ctx.manager:
         if isinstance(arguments, tuple):  # (functions, parameters) up to JAX 0.8

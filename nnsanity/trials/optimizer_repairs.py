@@ -98,8 +98,10 @@ def _at_its_peak(problem: Problem, skipped: dict[str, str]) -> tuple[Repair, ...
     del skipped
     optimizer = problem.optimizer
     schedule = schedule_of(optimizer, problem.params, num_steps=problem.num_steps)
-    finding = None if schedule is None else learning_rate.decays_early(schedule.shares)
-    if schedule is None or finding is None:
+    if schedule is None:
+        return ()
+    finding = learning_rate.decays_early(schedule.shares)
+    if finding is None:
         return ()
     at_its_peak = held(optimizer, schedule.counts)
     return (

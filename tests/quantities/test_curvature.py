@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nnsanity.quantities.curvature import _lanczos, sharpness
+from nnsanity.quantities.curvature import sharpness
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(1)
@@ -59,31 +59,21 @@ def test_quadratics_of_known_spectrum(spectrum, num_iterations):
     found = sharpness(quadratic, x, matrix, key=KEY, num_iterations=num_iterations)
     size = np.max(np.abs(spectrum))
     assert float(found.eigenvalue) == pytest.approx(max(spectrum), abs=1e-5 * size)
-    assert 0 <= found.residual < 1e-3 * size
+    assert 0 <= found.residual < 1e-4 * size
 
 
-@pytest.mark.parametrize(
-    ("outside", "most"),
-    [([], 0.15), ([30.0], 0.8), ([30.0, 29.0, 28.0], 0.8), ([-100.0] * 3, 0.8)],
-)
-def test_vectors_stay_orthogonal_at_part_of_the_cost(outside, most):
-    """Far eigenvalues converge at once, and rounding brings them back (Paige 1971)."""
+@pytest.mark.parametrize("outside", [[], [30.0], [30.0, 29.0, 28.0], [-100.0] * 3])
+def test_far_eigenvalues_do_not_come_back(outside):
+    """They converge at once, and rounding would let them in again (Paige 1971)."""
     rng = np.random.default_rng(1)
     spectrum = np.concatenate([outside, np.linspace(-1, 1, 300 - len(outside))])
     rotation, _ = np.linalg.qr(rng.normal(size=(300, 300)))
     matrix = jnp.asarray(rotation @ np.diag(spectrum) @ rotation.T, jnp.float32)
-    start = rng.normal(size=300)
-    start = [jnp.asarray(start / np.linalg.norm(start), jnp.float32)]
-    space = jax.jit(
-        lambda start: _lanczos(lambda one: [matrix @ one[0]], start, start, 120)
-    )(start)
-    basis = np.asarray(space.basis[0], np.float64).reshape(120, 300)
-    assert np.abs(basis @ basis.T - np.eye(120)).max() < 4e-4  # the root of eps
-    assert 0 < np.mean(space.is_due) < most
-    found = sharpness(quadratic, start[0], matrix, key=KEY, num_iterations=120)
+    x = jnp.asarray(rng.normal(size=300), jnp.float32)
+    found = sharpness(quadratic, x, matrix, key=KEY, num_iterations=120)
     size = np.abs(spectrum).max()
     assert float(found.eigenvalue) == pytest.approx(spectrum.max(), abs=1e-6 * size)
-    assert found.residual < 2e-5 * size
+    assert found.residual < 2e-6 * size
 
 
 def test_network_against_the_dense_hessian():

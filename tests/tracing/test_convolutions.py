@@ -209,12 +209,19 @@ def loss_fn(params, batch):
     return jnp.mean((apply_fn(params, batch[0]) - batch[1]) ** 2)
 
 
+def grouped_loss_fn(params, batch):
+    """Whose examples have no patches, and are convolved one by one."""
+    convolve = convolution("NCHW", padding="SAME", feature_group_count=2)
+    hidden = jnp.mean(jnp.tanh(convolve(batch[0][:, :2], params["kernel"])), (2, 3))
+    return jnp.mean((hidden @ params["w"] - batch[1]) ** 2)
+
+
 def noisy_loss_fn(params, batch, key):
     return loss_fn(params, batch) + 0.1 * jax.random.normal(key) * params["w"][0, 0]
 
 
 BATCH = IMAGES, ANSWERS
-MANY = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * 20), BATCH)
+MANY = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * 160), BATCH)
 BATCHES = jax.tree.map(lambda leaf: jnp.stack([leaf] * 6), BATCH)
 
 
@@ -245,6 +252,9 @@ CALLERS = {
     "sharpness": lambda p: ns.sharpness(loss_fn, p, BATCH, key=KEY, num_iterations=3),
     "gradient_noise_scale": lambda p: ns.gradient_noise_scale(
         loss_fn, p, BATCH, num_microbatches=4
+    ),
+    "example_gradient_norms": lambda p: ns.example_gradient_norms(
+        grouped_loss_fn, p | {"kernel": p["kernel"][:, :1]}, MANY
     ),
     "noise": lambda p: ns.noise(noisy_loss_fn, p, BATCH, key=KEY),
     "worst_examples": lambda p: ns.worst_examples(loss_fn, p, MANY, num_worst=2),

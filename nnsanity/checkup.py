@@ -152,6 +152,8 @@ def checkup(
         )
     if isinstance(ignore, str):
         raise TypeError(f"checkup: ignore must be a list of rules, got {ignore!r}")
+    if not (progress is None or callable(progress)):
+        raise TypeError(f"checkup: progress must be like print, got {progress!r}")
     tell = progress or (lambda line: None)
     deadline = time.monotonic() + BUDGET_SECONDS
     transforms = named_transforms(invariances)

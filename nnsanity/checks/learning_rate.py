@@ -17,6 +17,8 @@ from nnsanity.findings import Finding, listed, number
 
 RATE_FACTORS = (0.1, 10.0, 0.01, 100.0)
 """Factors of the user's rate that the trial tries, the near ones first."""
+FAR_RATE_FACTORS = {1e-4: 0.01, 1e4: 100.0}
+"""Factors that are tried where the nearer one did no harm and was not enough."""
 JITTER_LIMIT = 1.0
 """Healthy rise of the smoothed loss above its minimum, as a share of its fall."""
 CLIPPED_LIMIT = 0.1

@@ -29,6 +29,7 @@ PERIODS = (2 * math.pi, 360.0, 24.0)
 COUNTED_PERIODS = (7.0, 12.0, 24.0, 60.0, 365.0, 366.0)
 """Periods of the calendar and the clock, in whole numbers."""
 _MAX_CYCLES = 1000
+_CYCLES_AT_ONCE = 64
 _MAX_ROWS = 4000
 _NUM_PARTS = 12
 
@@ -142,9 +143,7 @@ def column_cycle(column: np.ndarray, targets: np.ndarray) -> Cycle:
     position = (column - low) / span
     cycles = np.arange(MIN_CYCLES, most, 0.125)
     powers = _periodogram(
-        jnp.asarray(position[:_MAX_ROWS], jnp.float32),
-        jnp.asarray((targets - targets.mean())[:_MAX_ROWS], jnp.float32),
-        jnp.asarray(cycles, jnp.float32),
+        position[:_MAX_ROWS], (targets - targets.mean())[:_MAX_ROWS], cycles
     )
     best = int(np.argmax(powers))
     found = wave(column, targets, period=float(span / cycles[best]))
@@ -163,13 +162,21 @@ def _explained_by_steps(column: np.ndarray, targets: np.ndarray) -> float:
     return float(1 - np.mean((targets - means[part]) ** 2) / max(targets.var(), 1e-30))
 
 
-@jax.jit
-def _periodogram(position: Array, targets: Array, cycles: Array) -> Array:
-    def power(one: Array) -> Array:
-        angle = 2 * jnp.pi * one * position
-        return jnp.hypot(targets @ jnp.cos(angle), targets @ jnp.sin(angle))
+def _periodogram(
+    position: np.ndarray, targets: np.ndarray, cycles: np.ndarray
+) -> np.ndarray:
+    """Computed in parts of one size, so that columns share a compiled program."""
+    size = -(-len(cycles) // _CYCLES_AT_ONCE) * _CYCLES_AT_ONCE
+    parts = np.resize(cycles, size).reshape(-1, _CYCLES_AT_ONCE)
+    rows = position.astype(np.float32), targets.astype(np.float32)
+    powers = [np.asarray(_powers(*rows, part)) for part in parts.astype(np.float32)]
+    return np.concatenate(powers)[: len(cycles)]
 
-    return jax.lax.map(power, cycles, batch_size=64)
+
+@jax.jit
+def _powers(position: Array, targets: Array, cycles: Array) -> Array:
+    angles = 2 * jnp.pi * cycles[:, None] * position
+    return jnp.hypot(jnp.cos(angles) @ targets, jnp.sin(angles) @ targets)
 
 
 class Wraparound(NamedTuple):

@@ -196,7 +196,8 @@ def _largest_eigenvector(alphas: Array, betas: Array, is_alive: Array) -> Array:
     """Of a tridiagonal matrix, without the rows after a breakdown."""
     size = jnp.max(jnp.abs(alphas)) + jnp.max(jnp.abs(betas), initial=0.0)
     # Out of the way: their zeros would lie above a negative spectrum.
-    diagonal = jnp.where(is_alive, alphas, -4 * size - 1)
+    below = jnp.where(size > 0, -4 * size, -1.0)
+    diagonal = jnp.where(is_alive, alphas, below)
     matrix = jnp.diag(diagonal) + jnp.diag(betas, 1) + jnp.diag(betas, -1)
     is_finite = jnp.all(jnp.isfinite(matrix))
     _, vectors = jnp.linalg.eigh(jnp.where(is_finite, matrix, 0))

@@ -1,6 +1,8 @@
 """How weights are drawn: the size that each layer needs, and biases of zero."""
 
+import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -32,19 +34,27 @@ def redrawn(network: Network, params: Params, key: Array) -> Params:
     """
     leaves, structure = jax.tree.flatten(params)
     drawn = list(leaves)
-    for one in network.layers:
-        if one.layer.kind == "embedding":
-            continue
+    layers = [one for one in network.layers if one.layer.kind != "embedding"]
+    noise = _noise({one.weight: leaves[one.weight].shape for one in layers}, key)
+    for one in layers:
         for leaf in one.leaves - {one.weight}:
             if is_bias(network, one, leaf):
                 drawn[leaf] = jnp.zeros_like(leaves[leaf])
-        weight = leaves[one.weight]
         scale = needed_gain(one) / math.sqrt(max(one.layer.fan_in, 1))
-        noise = jax.random.normal(
-            jax.random.fold_in(key, one.weight), weight.shape, jnp.float32
-        )
-        drawn[one.weight] = (scale * noise).astype(weight.dtype)
+        dtype = leaves[one.weight].dtype
+        drawn[one.weight] = (scale * noise[one.weight]).astype(dtype)
     return jax.tree.unflatten(structure, drawn)
+
+
+def _noise(shapes: Mapping[int, tuple[int, ...]], key: Array) -> dict[int, Array]:
+    """Draws normal numbers for each leaf; those of one shape in one compiled draw."""
+    noise: dict[int, Array] = {}
+    for shape in dict.fromkeys(shapes.values()):
+        alike = [leaf for leaf, one in shapes.items() if one == shape]
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.array(alike))
+        drawn = jax.vmap(lambda one, shape=shape: jax.random.normal(one, shape))(keys)
+        noise |= zip(alike, drawn, strict=True)
+    return noise
 
 
 def is_bias(network: Network, one: Located, leaf: int) -> bool:

@@ -21,6 +21,8 @@ from nnsanity.quantities.descent import (
 
 SIGHT = 0.9
 """Healthy rise above the best smoothed loss in a ramp, as a share of the fall."""
+ROUNDING = 64
+"""Of the running mean of equal losses, in units of a loss's last place."""
 SAFETY = 0.1
 """Of the largest rate of a ramp, which overshoots the limit of stability."""
 
@@ -267,6 +269,7 @@ def _lr_range(
     falls = jnp.where(is_stable, curve[1:] - curve[:-1], jnp.inf)
     # The running mean of the first steps is hardly one.
     falls = jnp.where(jnp.arange(num_steps) < num_steps // SMOOTHED_SHARE, 0, falls)
+    rounding = ROUNDING * jnp.finfo(curve.dtype).eps * jnp.abs(start.level)
     found = jnp.argmin(jnp.where(is_stable, curve[1:], jnp.inf))
     any_stable = jnp.any(is_stable)
     largest = jnp.where(any_stable, scales[last], jnp.nan)
@@ -277,7 +280,7 @@ def _lr_range(
         losses[:-1],
         curve[:-1],
         ~is_stable,
-        jnp.where(jnp.min(falls) < 0, scales[jnp.argmin(falls)], jnp.nan),
+        jnp.where(jnp.min(falls) < -rounding, scales[jnp.argmin(falls)], jnp.nan),
         largest,
         trainable_scale(loss_fn, optimizer, params, batches, start, guess),
         at_lowest,

@@ -4,17 +4,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nnsanity.trials.levels import FAILED
 from nnsanity.trials.repairs import Repair
 
 MIN_GAIN = 0.1
 """Gain in quality that a repair must bring; a difference of this size between a faulty
 program and its repaired twin is worth a finding."""
+MIN_GAIN_OF_FAILED = MIN_GAIN / 2
+"""The same where nothing is learned, which is a finding anyway."""
 MIN_GAIN_BY_CHANCE = 0.2
 """The same for another rate, schedule or loss, other weights, or a batch that nothing
 was measured against: nearly every healthy program could learn more from some of them.
 """
 MIN_SHARE = 0.2
-"""Share of what is missing to a perfect quality that a repair must bring."""
+"""Share of what is missing to the best quality that a repair must bring."""
 
 
 class Attempt(NamedTuple):
@@ -43,12 +46,14 @@ class Arm(NamedTuple):
         levels: float[seeds], quality.
         held_out: float[seeds], quality on held-out examples alone.
         curve: float[marks + 1], quality of the first seed on its way.
+        num_steps: how long it was trained.
     """
 
     repairs: tuple[Repair, ...]
     levels: np.ndarray
     held_out: np.ndarray
     curve: np.ndarray
+    num_steps: int
 
     @property
     def level(self) -> float:
@@ -83,12 +88,26 @@ def _differences(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return np.maximum(after[:seeds], 0) - np.maximum(before[:seeds], 0)
 
 
-def needed_gain(before: Arm, after: Arm | None = None) -> float:
-    """The gain that counts, of what was repaired last."""
+def needed_gain(before: Arm, after: Arm | None = None, *, best: float = 1.0) -> float:
+    """The gain that counts, of what was repaired last.
+
+    On noisy data the best quality is far from perfect, and so is what a repair can
+    bring.
+
+    Args:
+        before: without the repair.
+        after: with it; any repair if None.
+        best: quality that can be reached, as far as it is known.
+    """
     repairs = () if after is None else after.repairs
     is_choice = len(repairs) == 1 and _is_choice(repairs[0])
-    least = MIN_GAIN_BY_CHANCE if is_choice else MIN_GAIN
-    return max(least, MIN_SHARE * (1 - max(before.level, 0.0)))
+    if before.level <= FAILED:
+        least, by_chance = MIN_GAIN_OF_FAILED, MIN_GAIN_BY_CHANCE * best
+    else:
+        least, by_chance = MIN_GAIN, MIN_GAIN_BY_CHANCE * (1 + best) / 2
+    if is_choice:
+        least = max(least, by_chance)
+    return max(least, MIN_SHARE * (best - max(before.level, 0.0)))
 
 
 def _is_choice(repair: Repair) -> bool:
@@ -102,14 +121,19 @@ def _is_choice(repair: Repair) -> bool:
     return is_free and not is_measured
 
 
-def helps(before: Arm, after: Arm) -> bool:
+def helps(before: Arm, after: Arm, *, best: float = 1.0) -> bool:
     """Tells whether a copy learned clearly better, and from every seed.
 
     Better than the original from the same seed, or clearly better than the original
     from its median one: that may have learned by luck from some seed, and says nothing
     against a copy that needs none.
+
+    Args:
+        before: without the repair.
+        after: with it.
+        best: quality that can be reached, as far as it is known.
     """
-    least = needed_gain(before, after)
+    least = needed_gain(before, after, best=best)
     is_better = (_differences(before.levels, after.levels) > 0).all()
     needs_no_luck = (after.levels - max(before.level, 0) >= least).all()
     return gain_of(before, after) >= least and bool(is_better or needs_no_luck)

@@ -51,5 +51,5 @@ def combinations(repairs: Sequence[Repair]) -> list[tuple[Repair, ...]]:
     sets = growing[2:] or growing[1:]
     sets += [(*growing[-1], head) for head in heads]
     sets += [(growing[1][0], head) for head in heads] if len(growing) > 1 else []
-    rates = [one for one in repairs if one.group == "rate"]
+    rates = [one for one in repairs if one.group == "rate" and one.follows is None]
     return [(*one, *rate) for one in sets for rate in ((), *((r,) for r in rates))]

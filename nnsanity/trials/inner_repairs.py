@@ -9,11 +9,10 @@ import jax.numpy as jnp
 from nnsanity._types import Array, Params
 from nnsanity.checks import initialization, width
 from nnsanity.quantities.drawing import needed_gain, without_biases
-from nnsanity.quantities.weight_sizes import weight_stats
 from nnsanity.tracing.layers import Located
 from nnsanity.tracing.widen import Part, Widening, obstacle, widening
 from nnsanity.trials.copies import Copy
-from nnsanity.trials.inside import need_of, waists
+from nnsanity.trials.inside import measure_network, need_of, waists
 from nnsanity.trials.measure import some_examples
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.repairs import Repair
@@ -27,8 +26,7 @@ def inner_repairs(problem: Problem) -> tuple[Repair, ...]:
 
 
 def _bias_repairs(problem: Problem) -> tuple[Repair, ...]:
-    inputs = some_examples(problem)[0]
-    stats = weight_stats(problem.apply_fn, problem.params, inputs)
+    stats = measure_network(problem, some_examples(problem)).weights
     found = initialization.judge_biases(stats, problem.network)
     if not found:
         return ()

@@ -5,14 +5,14 @@ is taken back at a time: what the repaired program can do without was no cause.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from nnsanity._types import Array
-from nnsanity.findings import Effect, Finding, caused
+from nnsanity.findings import Finding
 from nnsanity.trials.arms import (
     MIN_GAIN,
     Arm,
@@ -25,8 +25,9 @@ from nnsanity.trials.arms import (
 )
 from nnsanity.trials.copies import Copy
 from nnsanity.trials.every_repair import combinations, every_repair
-from nnsanity.trials.levels import FAILED, LEARNED, curve_of, last, level_of, unit_of
+from nnsanity.trials.levels import LEARNED, curve_of, last, level_of
 from nnsanity.trials.problem import Problem
+from nnsanity.trials.ranking import ranked
 from nnsanity.trials.repairs import Repair
 from nnsanity.trials.seeds import keys_of
 from nnsanity.trials.trial import (
@@ -39,9 +40,6 @@ from nnsanity.trials.trial import (
 )
 
 FIRST_SEED, OTHER_SEEDS, ALL_SEEDS = slice(1), slice(1, None), slice(None)
-SUSPICION_BONUS = 0.15
-"""What a suspicion adds to the gain of its repair when causes are ranked."""
-MAX_CAUSES = 3
 BUDGET_SECONDS = 60.0
 """How long a checkup may take before nothing new is tried; what was left out then is in
 ``skipped``."""
@@ -169,19 +167,22 @@ def intervene(
         every_repair(problem, suspected=suspected, skipped=failed),
         key=lambda one: not (one.is_suspected or set(one.rules) & set(suspected)),
     )
-    tried, left_out = _try_singles(lab, original, repairs)
-    singles = _best_of_groups(tried)
-    best = max((arm.level for arm in singles), default=original.level)
+    arms, left_out = _try_singles(lab, original, repairs)
+    best = float(np.nanmax([0.0, original.level, *(arm.level for arm in arms)]))
+    singles = _best_of_groups(original, arms, best)
+    reached = max((arm.level for arm in singles), default=original.level)
     joint: list[tuple[Arm, Arm]] = []
-    if best < LEARNED - MIN_GAIN:
-        joint = _joint_causes(lab, original, repairs, best)
+    if reached < LEARNED - MIN_GAIN:
+        joint, together = _joint_causes(lab, original, repairs, reached)
+        best = max(best, together)
+        singles = _best_of_groups(original, arms, best)
     pairs = joint or [(original, arm) for arm in singles]
-    causes = _ranked(lab, original, pairs, suspected)
+    causes = ranked(problem, original, pairs, suspected, best)
+    tried = [(arm, helps(original, arm, best=best)) for arm in arms]
     helped = {one.name for _, arm in pairs for one in arm.repairs}
     helped |= {arm.repairs[0].name for arm, has_helped in tried if has_helped}
-    ruled_out = tuple(
-        one.name for one in repairs if one.name not in helped and one not in left_out
-    )
+    names = [arm.repairs[0].name for arm in arms]
+    ruled_out = tuple(name for name in names if name not in helped)
     late = {one.name: "its training did not fit the budget" for one in left_out}
     skipped = failed | late
     if time.monotonic() > lab.deadline:
@@ -240,7 +241,8 @@ def _arm(lab: _Lab, repairs: tuple[Repair, ...], outcomes: Sequence[Outcome]) ->
         for one, level in zip(outcomes, levels, strict=True)
     ]
     curve = curve_of(lab.problem, outcomes[0], float(outcomes[0].losses[0]))
-    return Arm(repairs, np.array(levels), np.array(held_out), curve)
+    num_steps = _trial_of(lab, repairs).num_steps
+    return Arm(repairs, np.array(levels), np.array(held_out), curve, num_steps)
 
 
 def _train(lab: _Lab, repairs: Sequence[Repair], seeds: slice) -> Arm:
@@ -262,46 +264,69 @@ def _train(lab: _Lab, repairs: Sequence[Repair], seeds: slice) -> Arm:
 
 def _try_singles(
     lab: _Lab, original: Arm, repairs: Iterable[Repair]
-) -> tuple[list[tuple[Arm, bool]], list[Repair]]:
-    """Tries every repair by itself, from one seed and if that helps from all.
+) -> tuple[list[Arm], list[Repair]]:
+    """Tries every repair by itself, from one seed and if that may help from all.
+
+    What it has to bring is known only when the best copy is.
 
     Returns:
-        Each arm and whether it helped; and the repairs for which there was no time.
+        An arm for each repair; and the repairs for which there was no time.
     """
-    tried = []
-    left_out = []
+    tried: list[Arm] = []
+    left_out: list[Repair] = []
     for repair in repairs:
+        if not _is_next(original, repair, tried):
+            continue
         if time.monotonic() > lab.deadline:
             left_out.append(repair)
             continue
         arm = _train(lab, (repair,), FIRST_SEED)
         lab.progress(f"{repair.name}: {original.level:.2f} -> {arm.level:.2f}")
-        has_helped = helps(original, arm)
-        if has_helped:
+        if gain_of(original, arm) >= needed_gain(original, best=0.0):
             arm = joined(arm, _train(lab, (repair,), OTHER_SEEDS))
-            has_helped = helps(original, arm)
-        tried.append((arm, has_helped))
+        tried.append(arm)
     return tried, left_out
 
 
-def _best_of_groups(tried: Sequence[tuple[Arm, bool]]) -> list[Arm]:
-    best: dict[str, Arm] = {}
-    for arm, has_helped in tried:
+def _is_next(original: Arm, repair: Repair, tried: Sequence[Arm]) -> bool:
+    """Tells whether what a repair follows was tried, did no harm and was not enough."""
+    if repair.follows is None:
+        return True
+    levels = [arm.level for arm in tried if arm.repairs[0].name == repair.follows]
+    return any(original.level <= level < LEARNED for level in levels)
+
+
+def _best_of_groups(original: Arm, arms: Iterable[Arm], best: float) -> list[Arm]:
+    """Returns the arms that helped, the best of each group.
+
+    A loss and a last activation that do not fit each other are one fault.
+    """
+    chosen: dict[str, Arm] = {}
+    for arm in arms:
         group = arm.repairs[0].group
-        rival = best.get(group)
-        if has_helped and (rival is None or arm.level > rival.level + 0.02):
-            best[group] = arm
-    return list(best.values())
+        group = "head" if group == "loss" else group
+        rival = chosen.get(group)
+        is_better = rival is None or arm.level > rival.level + 0.02
+        if is_better and helps(original, arm, best=best):
+            chosen[group] = arm
+    return list(chosen.values())
 
 
 def _joint_causes(
-    lab: _Lab, original: Arm, repairs: Sequence[Repair], best: float
-) -> list[tuple[Arm, Arm]]:
+    lab: _Lab, original: Arm, repairs: Sequence[Repair], reached: float
+) -> tuple[list[tuple[Arm, Arm]], float]:
     """Repairs everything at once and finds out which repairs are needed.
+
+    Args:
+        lab: what is needed to train.
+        original: the user's own program.
+        repairs: all of them.
+        reached: quality with the best single repair.
 
     Returns:
         For each needed repair the arm without it and the arm with all of them; empty
-        where repairing everything is no better than the best single repair.
+        where repairing everything is no better than the best single repair.  And the
+        quality that all of them reached.
     """
     chosen: Arm | None = None
     for repaired in combinations(repairs):
@@ -310,22 +335,25 @@ def _joint_causes(
         arm = _train(lab, repaired, FIRST_SEED)
         if chosen is None or arm.level > chosen.level + MIN_GAIN / 2:
             chosen = arm
-    if chosen is None or chosen.level < best + needed_gain(original):
-        return []
+    if chosen is None:
+        return [], reached
+    best = chosen.level
+    if best < reached + needed_gain(original, best=best):
+        return [], best
     names = ", ".join(one.name for one in chosen.repairs)
     lab.progress(f"together, {names}: {original.level:.2f} -> {chosen.level:.2f}")
     needed = _without_needless(lab, chosen)
     full = _train(lab, needed, ALL_SEEDS)
-    if not helps(original, full):
-        return []
+    if not helps(original, full, best=best):
+        return [], best
     if len(needed) == 1:
-        return [(original, full)]
+        return [(original, full)], best
     seeds = FIRST_SEED if time.monotonic() > lab.deadline else ALL_SEEDS
     pairs = [
         (_train(lab, _but(needed, one), seeds), full._replace(repairs=(one,)))
         for one in needed
     ]
-    return [(before, after) for before, after in pairs if helps(before, after)]
+    return [pair for pair in pairs if helps(*pair, best=best)], best
 
 
 def _but(repairs: tuple[Repair, ...], left_out: Repair) -> tuple[Repair, ...]:
@@ -340,52 +368,3 @@ def _without_needless(lab: _Lab, arm: Arm) -> tuple[Repair, ...]:
         if rest and _train(lab, rest, FIRST_SEED).level >= level - MIN_GAIN:
             needed = rest
     return needed
-
-
-def _ranked(
-    lab: _Lab,
-    original: Arm,
-    pairs: Sequence[tuple[Arm, Arm]],
-    suspected: Mapping[str, Finding],
-) -> tuple[Finding, ...]:
-    """Words the causes, the ones with the largest effect and a suspicion first."""
-    scored = []
-    for before, after in pairs:
-        (repair,) = after.repairs
-        gain = gain_of(before, after)
-        rule = next((rule for rule in repair.rules if rule in suspected), None)
-        finding = repair.finding if rule is None else suspected[rule]
-        if repair.group == "rate":
-            finding = _rate_finding(repair, suspected)
-            rule = finding.rule if finding.rule in suspected else None
-        effect = _effect(lab, repair, before, after, gain)
-        severity = "error" if original.level <= FAILED else "warning"
-        is_suspected = rule is not None or repair.is_suspected
-        bonus = SUSPICION_BONUS if is_suspected else 0.0
-        scored.append((gain + bonus, caused(finding, effect, severity)))
-    scored.sort(key=lambda pair: -pair[0])
-    return tuple(finding for _, finding in scored[:MAX_CAUSES])
-
-
-def _rate_finding(repair: Repair, suspected: Mapping[str, Finding]) -> Finding:
-    """Says by how much the rate is wrong, with what its losses showed."""
-    finding = repair.finding
-    diverged = suspected.get("learning-rate/diverges")
-    if finding.rule == "learning-rate/too-low" or diverged is None:
-        return finding
-    return diverged._replace(message=f"{diverged.message} {finding.message}")
-
-
-def _effect(lab: _Lab, repair: Repair, before: Arm, after: Arm, gain: float) -> Effect:
-    measure, to_unit = unit_of(lab.problem)
-    return Effect(
-        repair.name,
-        to_unit(before.level),
-        to_unit(after.level),
-        measure,
-        _trial_of(lab, after.repairs).num_steps,
-        min(len(before.levels), len(after.levels)),
-        gain,
-        needed_gain(before, after),
-        bool(before.repairs),
-    )

@@ -18,16 +18,17 @@ from nnsanity.checks import (
     regularization,
     width,
 )
-from nnsanity.findings import Finding
+from nnsanity.findings import Finding, number
 from nnsanity.quantities import scales
 from nnsanity.quantities.drawing import redrawn
 from nnsanity.quantities.moments import feature_moments, group_moments
-from nnsanity.quantities.weight_sizes import doubled_share, weight_stats
+from nnsanity.quantities.weight_sizes import doubled_share
 from nnsanity.tracing.layers import inspect
 from nnsanity.tracing.paths import depths
 from nnsanity.tracing.replace import penalties
 from nnsanity.trials.copies import HEAD_LEFT_OUT, HEAD_SQUASHED, OFF, ON, Copy
-from nnsanity.trials.measure import training_noise
+from nnsanity.trials.inside import measure_network
+from nnsanity.trials.measure import some_examples, training_noise
 from nnsanity.trials.problem import Problem
 
 Change = Callable[[Copy, Array], Copy]
@@ -49,6 +50,8 @@ class Repair(NamedTuple):
             same shapes; or None.
         targets: the same of the targets, which have to stay as they are on all examples
             that count where copies are compared; or None.
+        follows: name of the repair that has to be tried before, and be no worse than
+            the original; or None.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Repair(NamedTuple):
     rewrite: Callable[[Problem], Problem] | None = None
     inputs: Callable[[Array], Array] | None = None
     targets: Callable[[Array], Array] | None = None
+    follows: str | None = None
 
 
 def available_repairs(problem: Problem) -> tuple[Repair, ...]:
@@ -142,14 +146,19 @@ def _target_repairs(problem: Problem) -> tuple[Repair, ...]:
 
 
 def _rate_repairs() -> tuple[Repair, ...]:
-    return tuple(_rate_repair(factor) for factor in learning_rate.RATE_FACTORS)
+    return (
+        *(_rate_repair(factor) for factor in learning_rate.RATE_FACTORS),
+        *(
+            _rate_repair(factor)._replace(follows=_rate_repair(nearer).name)
+            for factor, nearer in learning_rate.FAR_RATE_FACTORS.items()
+        ),
+    )
 
 
 def _rate_repair(factor: float) -> Repair:
     lower = ("learning-rate/diverges", "learning-rate/too-high")
-    words = f"{factor:g} times the learning rate"
     return Repair(
-        words,
+        f"{number(factor)} times the learning rate",
         "rate",
         lambda copy, key: copy._replace(update_scale=jnp.float32(factor)),
         lower if factor < 1 else ("learning-rate/too-low",),
@@ -158,8 +167,7 @@ def _rate_repair(factor: float) -> Repair:
 
 
 def _weight_repairs(problem: Problem) -> tuple[Repair, ...]:
-    rows = problem.batch(slice(problem.batch_size))[0]
-    stats = weight_stats(problem.apply_fn, problem.params, rows)
+    stats = measure_network(problem, some_examples(problem)).weights
     worst = initialization.worst_scale(stats, problem.network)
     if worst is None:
         return ()

@@ -197,8 +197,9 @@ def test_steepest_is_by_the_logarithm():
     assert float(found.steepest) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_loss_that_does_not_fall_is_nowhere_steepest():
-    found = ramp(lambda p, b: 1.0 + 0 * jnp.sum(p["w"]))
+@pytest.mark.parametrize("level", [1.0, 0.1, -0.7, 2.3e-5, 1e6, 0.0])
+def test_a_loss_that_does_not_fall_is_nowhere_steepest(level):
+    found = ramp(lambda p, b: level + 0 * jnp.sum(p["w"]))
     assert np.isnan(found.steepest)
     assert not np.any(found.diverged)
     assert found.largest_stable == found.scales[-1]

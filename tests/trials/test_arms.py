@@ -8,7 +8,7 @@ from nnsanity.trials.arms import MIN_GAIN_BY_CHANCE, Arm, helps, needed_gain
 
 def arm(*levels):
     values = np.array(levels)
-    return Arm((), values, values, values)
+    return Arm((), values, values, values, 100)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,29 @@ def test_what_nearly_every_program_gains_from_has_to_bring_more(group):
     assert needed_gain(before, after) == MIN_GAIN_BY_CHANCE
     assert not helps(before, after)
     assert helps(before, after._replace(repairs=(Group("inputs"),)))
+
+
+def test_what_counts_is_a_share_of_the_best_that_data_allow():
+    before, after = arm(0.21), arm(0.33)
+    assert not helps(before, after)
+    assert helps(before, after, best=0.34)
+    # Under a tenth nothing is sure, however noisy the data are.
+    assert not helps(before, arm(0.3), best=0.3)
+    by_chance = arm(0.36)._replace(repairs=(Group("rate"),))
+    assert not helps(before, by_chance)
+    assert helps(before, by_chance, best=0.36)
+    assert not helps(before, after._replace(repairs=by_chance.repairs), best=0.34)
+
+
+@pytest.mark.parametrize("group", ["inputs", "rate"])
+def test_less_is_enough_where_nothing_was_learned(group):
+    repairs = (Group(group),)
+    after = arm(0.09, 0.1, 0.1)._replace(repairs=repairs)
+    assert helps(arm(0.0, 0.01, -0.3), after, best=0.34)
+    assert not helps(arm(0.0, 0.01, -0.3), after, best=0.9)
+    assert not helps(
+        arm(0.0, 0.01, -0.3), arm(0.04)._replace(repairs=repairs), best=0.1
+    )
 
 
 def test_a_batch_beyond_the_measured_noise_is_no_matter_of_choice():

@@ -1,0 +1,72 @@
+"""Words what repairs changed as causes, and orders them."""
+
+from collections.abc import Mapping, Sequence
+
+from nnsanity.findings import Effect, Finding, caused
+from nnsanity.trials.arms import Arm, gain_of, needed_gain
+from nnsanity.trials.levels import FAILED, unit_of
+from nnsanity.trials.problem import Problem
+from nnsanity.trials.repairs import Repair
+
+SUSPICION_BONUS = 0.15
+"""What a suspicion adds to the gain of its repair."""
+MAX_CAUSES = 3
+
+
+def ranked(
+    problem: Problem,
+    original: Arm,
+    pairs: Sequence[tuple[Arm, Arm]],
+    suspected: Mapping[str, Finding],
+    best: float,
+) -> tuple[Finding, ...]:
+    """Returns the causes, the ones with the largest effect and a suspicion first.
+
+    Args:
+        problem: what was trained.
+        original: the user's own program.
+        pairs: of each cause the arm without its repair and with it.
+        suspected: findings by rule.
+        best: quality that can be reached, as far as it is known.
+    """
+    scored = []
+    for before, after in pairs:
+        (repair,) = after.repairs
+        gain = gain_of(before, after)
+        rule = next((rule for rule in repair.rules if rule in suspected), None)
+        finding = repair.finding if rule is None else suspected[rule]
+        if repair.group == "rate":
+            finding = _rate_finding(repair, suspected)
+            rule = finding.rule if finding.rule in suspected else None
+        effect = _effect(problem, before, after, best)
+        severity = "error" if original.level <= FAILED else "warning"
+        is_suspected = rule is not None or repair.is_suspected
+        bonus = SUSPICION_BONUS if is_suspected else 0.0
+        scored.append((gain + bonus, caused(finding, effect, severity)))
+    scored.sort(key=lambda pair: -pair[0])
+    return tuple(finding for _, finding in scored[:MAX_CAUSES])
+
+
+def _rate_finding(repair: Repair, suspected: Mapping[str, Finding]) -> Finding:
+    """Says by how much the rate is wrong, with what its losses showed."""
+    finding = repair.finding
+    diverged = suspected.get("learning-rate/diverges")
+    if finding.rule == "learning-rate/too-low" or diverged is None:
+        return finding
+    return diverged._replace(message=f"{diverged.message} {finding.message}")
+
+
+def _effect(problem: Problem, before: Arm, after: Arm, best: float) -> Effect:
+    measure, to_unit = unit_of(problem)
+    (repair,) = after.repairs
+    return Effect(
+        repair.name,
+        to_unit(before.level),
+        to_unit(after.level),
+        measure,
+        after.num_steps,
+        min(len(before.levels), len(after.levels)),
+        gain_of(before, after),
+        needed_gain(before, after, best=best),
+        bool(before.repairs),
+    )

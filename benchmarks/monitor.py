@@ -1,4 +1,4 @@
-"""What a monitor costs in a training step, as ratios against the plain step.
+"""What watching costs in a training step, as ratios against the plain step.
 
 Run it with ``python benchmarks/monitor.py``, with names of networks behind it for some
 of them alone.  Every step donates its parameters and its states.  Everything is
@@ -65,6 +65,19 @@ def plain_step(case, optimizer):
     return step
 
 
+def watched_step(case, optimizer):
+    """The same with a watched gradient, and nothing done with what it returns."""
+
+    def step(carry, batch):
+        params, opt_state = carry
+        watch = ns.value_and_grad(case.loss_fn)
+        (loss, signals), grads = watch(params, batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), (loss, signals)
+
+    return step
+
+
 def monitored_step(case, optimizer, monitor):
     """The same with a monitor in it."""
 
@@ -110,6 +123,7 @@ def steps_of(case):
         name: compiled(plain_step(case, optimizer), carry, case.batch)
         for name in ("plain", "plain again")
     }
+    steps["value_and_grad"] = compiled(watched_step(case, optimizer), carry, case.batch)
     for every in (1, 16):
         monitor = ns.monitor(every=every)
         state = monitor.init(case.loss_fn, case.params, case.batch)

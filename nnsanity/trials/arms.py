@@ -100,7 +100,7 @@ def needed_gain(before: Arm, after: Arm | None = None, *, best: float = 1.0) -> 
         best: quality that can be reached, as far as it is known.
     """
     repairs = () if after is None else after.repairs
-    is_choice = len(repairs) == 1 and _is_choice(repairs[0])
+    is_choice = len(repairs) == 1 and repairs[0].is_free
     if before.level <= FAILED:
         least, by_chance = MIN_GAIN_OF_FAILED, MIN_GAIN_BY_CHANCE * best
     else:
@@ -108,17 +108,6 @@ def needed_gain(before: Arm, after: Arm | None = None, *, best: float = 1.0) -> 
     if is_choice:
         least = max(least, by_chance)
     return max(least, MIN_SHARE * (best - max(before.level, 0.0)))
-
-
-def _is_choice(repair: Repair) -> bool:
-    """Tells what could be chosen otherwise in a healthy program, too.
-
-    A batch far beyond the noise scale that was measured is none: its steps are too few
-    for their examples, which is what the other batch shows.
-    """
-    is_measured = repair.group == "batch" and bool(repair.rules)
-    is_free = repair.group in ("rate", "schedule", "weights", "loss", "batch")
-    return is_free and not is_measured
 
 
 def helps(before: Arm, after: Arm, *, best: float = 1.0) -> bool:

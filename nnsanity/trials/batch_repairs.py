@@ -31,13 +31,14 @@ def batch_repairs(
         size = batch_size.suggested_size(noisy.limit, problem.size)
     return (
         Repair(
-            f"batches of {size}",
+            f"training in batches of {size}",
             "batch",
             lambda copy, key: copy,
             () if noisy is None else (batch_size.TOO_LARGE,),
             noisy or batch_size.wrong_size(given.batch_size, given.num_examples),
             is_suspected=True,
             rewrite=functools.partial(_with_batches, size=size),
+            is_free=True,
         ),
     )
 

@@ -14,6 +14,8 @@ from nnsanity.trials.repairs import Repair, available_repairs
 
 SHARED_GROUPS = ("columns", "inputs", "targets", "weights", "hidden")
 """Repairs that are harmless to make together, the most harmless first."""
+MEASURED = frozenset({"batch-size/too-large", "initialization/off-scale"})
+"""Suspicions of what could be chosen otherwise that rest on a measured size."""
 
 
 def every_repair(
@@ -27,7 +29,7 @@ def every_repair(
         skipped: gets the repairs that could not be made, and why.
     """
     skipped |= not_widened(problem)
-    return (
+    found = (
         *inner_repairs(problem),
         *clip_repairs(problem, suspected),
         *available_repairs(problem),
@@ -35,6 +37,11 @@ def every_repair(
         *data_repairs(problem),
         *optimizer_repairs(problem, skipped),
         *loss_repairs(problem),
+    )
+    # What was measured to be off is no matter of choice.
+    off = MEASURED & set(suspected)
+    return tuple(
+        one._replace(is_free=one.is_free and not off & set(one.rules)) for one in found
     )
 
 

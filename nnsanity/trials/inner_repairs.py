@@ -42,6 +42,7 @@ def _bias_repairs(problem: Problem) -> tuple[Repair, ...]:
             zero,
             ("initialization/large-bias",),
             found[0],
+            is_free=True,
         ),
     )
 

@@ -38,6 +38,7 @@ def loss_repairs(problem: Problem) -> tuple[Repair, ...]:
             (),
             results.unusual_loss(kind),
             rewrite=lambda one: one._replace(usual_loss=True),
+            is_free=True,
         ),
     )
 

@@ -89,6 +89,7 @@ def _without_clipping(problem: Problem, skipped: dict[str, str]) -> tuple[Repair
             ),
             ("learning-rate/clipping-active",),
             learning_rate.clipping_active(share_of_clipped_steps(problem)),
+            is_free=True,
         ),
     )
 
@@ -113,5 +114,6 @@ def _at_its_peak(problem: Problem, skipped: dict[str, str]) -> tuple[Repair, ...
             finding,
             is_suspected=True,
             rewrite=lambda problem: problem._replace(optimizer=at_its_peak),
+            is_free=True,
         ),
     )

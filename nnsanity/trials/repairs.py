@@ -50,6 +50,8 @@ class Repair(NamedTuple):
             same shapes; or None.
         targets: the same of the targets, which have to stay as they are on all examples
             that count where copies are compared; or None.
+        is_free: whether a healthy program could have chosen otherwise, too, so that it
+            has to bring more.
         follows: name of the repair that has to be tried before, and be no worse than
             the original; or None.
     """
@@ -63,6 +65,7 @@ class Repair(NamedTuple):
     rewrite: Callable[[Problem], Problem] | None = None
     inputs: Callable[[Array], Array] | None = None
     targets: Callable[[Array], Array] | None = None
+    is_free: bool = False
     follows: str | None = None
 
 
@@ -163,6 +166,7 @@ def _rate_repair(factor: float) -> Repair:
         lambda copy, key: copy._replace(update_scale=jnp.float32(factor)),
         lower if factor < 1 else ("learning-rate/too-low",),
         learning_rate.wrong_rate(factor),
+        is_free=True,
     )
 
 
@@ -194,6 +198,7 @@ def _weight_repairs(problem: Problem) -> tuple[Repair, ...]:
                 *(("width/redundant",) if start_alike else ()),
             ),
             initialization.poor_start(worst),
+            is_free=True,
         ),
     )
 

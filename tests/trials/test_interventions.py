@@ -20,6 +20,9 @@ EFFECTS = RNG.permutation(np.linspace(-1, 1, 20))
 CODED = np.concatenate([INPUTS, (CODES[:, None] - 9.5) / 6], axis=1)
 OF_CODES = EFFECTS[CODES][:, None]
 ORDERED = np.sort(EFFECTS)[CODES][:, None]
+# Nothing explains more than a good third of these.
+MANY = RNG.normal(size=(800, 4)).astype(np.float32)
+NOISY = (np.tanh(MANY @ SLOPES) + RNG.normal(size=800))[:, None]
 
 
 def drawn(*widths, init=jax.nn.initializers.he_normal()):  # noqa: B008
@@ -94,6 +97,14 @@ FAULTS = {
     ),
     "high rate": ({"optimizer": optax.adam(5.0)}, "learning-rate/"),
     "low rate": ({"optimizer": optax.adam(5e-4)}, "learning-rate/too-low"),
+    "low rate, noisy targets": (
+        {"data": (MANY, NOISY), "optimizer": optax.adam(3e-6)},
+        "learning-rate/too-low",
+    ),
+    "large inputs, noisy targets": (
+        {"data": (1000 * MANY, NOISY), "optimizer": optax.sgd(0.05)},
+        "normalization/unnormalized-inputs",
+    ),
     "ReLU head": (
         {"apply_fn": RELU_HEAD, "data": (INPUTS, NUMBERS - 3)},
         "final-activation/unreachable-targets",
@@ -124,6 +135,7 @@ FAULTS = {
     ),
 }
 TWINS = {
+    "noisy targets": {"data": (MANY, NOISY), "optimizer": optax.adam(0.01)},
     "small inputs": {"optimizer": optax.sgd(0.05)},
     "sigmoid head": {"apply_fn": SIGMOID_HEAD, "data": (INPUTS, (NUMBERS + 2) / 4)},
     "tanh stack": {

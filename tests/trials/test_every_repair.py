@@ -1,0 +1,82 @@
+"""Which repairs are a matter of choice, and which rates follow others."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nnsanity.findings import Finding
+from nnsanity.trials.arms import Arm
+from nnsanity.trials.every_repair import combinations, every_repair
+from nnsanity.trials.interventions import _is_next
+from nnsanity.trials.problem import checked_problem
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(64, 4)).astype(np.float32)
+PARAMS = {"first": jnp.asarray(RNG.normal(size=(4, 8))), "last": jnp.ones((8, 1)) / 8}
+
+
+def apply_fn(params, x):
+    return jax.nn.relu(x @ params["first"]) @ params["last"]
+
+
+def loss_fn(params, batch):
+    return jnp.mean(jnp.abs(apply_fn(params, batch[0]) - batch[1]) ** 3)
+
+
+def repairs(*rules):
+    problem = checked_problem(
+        apply_fn,
+        loss_fn,
+        PARAMS,
+        (X, X[:, :1] * X[:, 1:2]),
+        key=jax.random.key(0),
+        optimizer=optax.sgd(0.1),
+        batch_size=64,
+        num_steps=10,
+    )
+    found = [Finding(rule, 1, "info", "", 16.0, 16.0, "", "") for rule in rules]
+    suspected = {one.rule: one for one in found}
+    return every_repair(problem, suspected=suspected, skipped={})
+
+
+@pytest.mark.parametrize(
+    ("group", "rules", "is_free"),
+    [
+        ("batch", (), True),
+        ("batch", ("initialization/off-scale",), True),
+        ("batch", ("batch-size/too-large",), False),
+        ("weights", (), True),
+        ("weights", ("batch-size/too-large",), True),
+        ("weights", ("initialization/off-scale",), False),
+        ("rate", ("learning-rate/diverges",), True),
+        ("loss", (), True),
+        ("inputs", (), False),
+        ("hidden", (), False),
+    ],
+)
+def test_what_was_measured_to_be_off_is_no_matter_of_choice(group, rules, is_free):
+    chosen = [one for one in repairs(*rules) if one.group == group]
+    assert chosen
+    assert all(one.is_free is is_free for one in chosen)
+
+
+def arm(level, name=None):
+    done = [one for one in repairs() if one.name == name]
+    return Arm(tuple(done), *[np.array([level])] * 3, 10)
+
+
+@pytest.mark.parametrize(
+    ("before", "nearer", "is_next"),
+    [(-0.1, -0.1, True), (0.2, 0.6, True), (0.2, 0.1, False), (0.2, 0.95, False)],
+)
+def test_far_rates_follow_nearer_ones_that_did_no_harm(before, nearer, is_next):
+    (far,) = (one for one in repairs() if one.name.startswith("10,000 times"))
+    tried = [arm(0.9, "0.01 times the learning rate"), arm(nearer, far.follows)]
+    assert far.follows == "100 times the learning rate"
+    assert _is_next(arm(before), far, tried) is is_next
+    assert not _is_next(arm(before), far, tried[:1])
+    (near,) = (one for one in repairs() if one.name == far.follows)
+    assert _is_next(arm(before), near, [])
+    assert all(one.follows is None for some in combinations(repairs()) for one in some)

@@ -184,6 +184,18 @@ DEPTH = (
         CANCER,
         network=mlp(*[16] * 20, 1, hidden=sigmoid, init=glorot),
     ),
+    changed(
+        "nothing nonlinear",
+        (10, 8),
+        SPIRALS,
+        network=mlp(64, 64, 1, hidden=lambda x: x, init=glorot),
+    ),
+    changed(
+        "nothing nonlinear, a surface",
+        (10, 8),
+        SURFACE,
+        network=mlp(64, 32, 1, hidden=lambda x: x, init=glorot),
+    ),
 )
 
 WIDTH = (

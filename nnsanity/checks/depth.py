@@ -6,6 +6,7 @@ nothing" (D. Holden).  Depth alone is no fault: what counts is what gets lost wi
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 
 from nnsanity._tree import in_float32
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree
-from nnsanity.findings import Finding, number
+from nnsanity.findings import Finding, listed, number
 from nnsanity.quantities.descent import check_loss
 from nnsanity.quantities.passage import (
     Look,
@@ -27,7 +28,7 @@ from nnsanity.quantities.passage import (
 from nnsanity.quantities.signal_gain import gradients_by_depth
 from nnsanity.quantities.units import by_unit
 from nnsanity.tracing.layers import Located, Network, Uninspected, inspect
-from nnsanity.tracing.paths import depths, on_every_way
+from nnsanity.tracing.paths import depths, merging, on_every_way
 
 USUAL_DEPTH = 8
 """Layers in a row up to which depth by itself is not suspected (D. Holden)."""
@@ -173,6 +174,32 @@ def judge_depth(profile: DepthProfile, network: Network) -> tuple[Finding, ...]:
     if num_layers > USUAL_DEPTH and evidence:
         findings.append(too_deep(num_layers, evidence))
     return tuple(findings)
+
+
+def judge_merging(network: Network) -> tuple[Finding, ...]:
+    """Suspects layers with nothing nonlinear between them; reads the program alone."""
+    found = merging(network)
+    return (merged_layers([one.layer.name for one in found]),) if found else ()
+
+
+def merged_layers(names: Sequence[str]) -> Finding:
+    """The finding that layers make up one.
+
+    Args:
+        names: of the layers that nothing nonlinear follows.
+    """
+    return Finding(
+        "depth/merged-layers",
+        10,
+        "info",
+        listed(names),
+        float(len(names)),
+        0.0,
+        f"Nothing nonlinear stands behind {listed(names)}, before the next layer:"
+        " together with that it can do no more than one layer can.",
+        "Put a nonlinearity such as jax.nn.relu behind each hidden layer; the layers of"
+        " Flax and Keras have none by themselves.",
+    )
 
 
 def _lost_gradient(gradient: np.ndarray) -> str:

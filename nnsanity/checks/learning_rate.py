@@ -17,8 +17,10 @@ from nnsanity.findings import Finding, listed, number
 
 RATE_FACTORS = (0.1, 10.0, 0.01, 100.0)
 """Factors of the user's rate that the trial tries, the near ones first."""
-FAR_RATE_FACTORS = {1e-4: 0.01, 1e4: 100.0}
-"""Factors that are tried where the nearer one did no harm and was not enough."""
+FAR_RATE_FACTOR = 1e4
+"""Factor that is tried where the largest of them did no harm and was not enough.  None
+is so small: with inputs of any size some such rate learns, and hides that they are raw.
+"""
 JITTER_LIMIT = 1.0
 """Healthy rise of the smoothed loss above its minimum, as a share of its fall."""
 CLIPPED_LIMIT = 0.1

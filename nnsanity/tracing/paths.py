@@ -3,10 +3,12 @@
 import functools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from nnsanity.tracing.layers import Network
+from nnsanity.tracing.chains import Chains
+from nnsanity.tracing.layers import Located, Network
+from nnsanity.tracing.operations import STRUCTURAL
 from nnsanity.tracing.steps import ARGUMENTS, Site, Step
 
 _JOINS = frozenset({"add", "add_any", "concatenate"})
@@ -71,6 +73,61 @@ def on_every_way(network: Network) -> frozenset[str]:
         for index, one in enumerate(network.layers)
         if common >> index & 1
     )
+
+
+def merging(network: Network) -> tuple[Located, ...]:
+    """Finds the layers that make up one linear layer with the layer behind them.
+
+    Nothing nonlinear and nothing else than the layer stands in between.  Left out are
+    those that are meant so: narrower than what enters and what leaves both together,
+    as the factors of a matrix of low rank are, convolutions by groups of channels, and
+    embeddings.
+    """
+    entered: dict[int, Located] = {one.operand: one for one in network.layers}
+    users = Chains(network.steps).users
+    found = []
+    for one in network.layers:
+        stages = one.linear_stages
+        is_straight = all(stage.kind in ("move", "affine") for stage in stages)
+        if one.activation is not None or not is_straight:
+            continue
+        after = _next_layer(network, one.before, entered, users)
+        if after is None or one.layer.kind == "embedding":
+            continue
+        is_grouped = any(_groups(layer) > 1 for layer in (one, after))
+        if not is_grouped and one.layer.units >= min(_entering(one), after.layer.units):
+            found.append(one)
+    return tuple(found)
+
+
+def _next_layer(
+    network: Network,
+    value: int,
+    entered: Mapping[int, Located],
+    users: Sequence[Sequence[int]],
+) -> Located | None:
+    """Returns the layer that a value alone enters, reshaped at most."""
+    while len(users[value]) == 1:
+        if value in entered:
+            return entered[value]
+        step = network.steps.steps[users[value][0]]
+        if step.eqn.primitive.name not in STRUCTURAL:
+            return None
+        (value, *_) = step.outputs
+    return None
+
+
+def _groups(one: Located) -> int:
+    """Returns by how many groups of channels a convolution goes; 1 for other layers."""
+    return one.step.eqn.params.get("feature_group_count", 1)
+
+
+def _entering(one: Located) -> int:
+    """Returns how many features, or channels, enter a layer."""
+    if one.layer.kind != "conv":
+        return one.layer.fan_in
+    kernel = one.step.eqn.invars[1].aval.shape
+    return kernel[one.step.eqn.params["dimension_numbers"].rhs_spec[1]]
 
 
 def _with_data(network: Network) -> Iterator[tuple[Step, list[int]]]:

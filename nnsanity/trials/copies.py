@@ -16,6 +16,7 @@ import numpy as np
 from nnsanity._tree import accumulation_dtype, in_float32, is_inexact
 from nnsanity._types import Array, Params, PyTree
 from nnsanity.quantities.targets import usual_loss
+from nnsanity.tracing.paths import merging
 from nnsanity.tracing.replace import LayerValues, Replacement, replaced
 from nnsanity.trials.problem import Problem
 
@@ -43,6 +44,7 @@ class Copy(NamedTuple):
         head: int32[], what becomes of the last activation: ``HEAD_KEPT``,
             ``HEAD_LEFT_OUT`` or ``HEAD_SQUASHED``, softmax or sigmoid in its place.
         leaky: bool[], whether hidden activations are replaced by leaky ReLU.
+        bent: bool[], whether leaky ReLU follows where layers make up one linear layer.
         skip: bool[], whether layers add their input to their output where that fits.
         noise: bool[], whether it trains on ``train_loss_fn``.
         kept_mark: int32[], after which mark of the trial its parameters are kept.
@@ -59,6 +61,7 @@ class Copy(NamedTuple):
     penalty_scale: Array
     head: Array
     leaky: Array | np.bool_
+    bent: Array | np.bool_
     skip: Array | np.bool_
     noise: Array | np.bool_
     kept_mark: Array
@@ -80,6 +83,7 @@ def plain(problem: Problem) -> Copy:
         penalty_scale=one,
         head=jnp.int32(HEAD_KEPT),
         leaky=OFF,
+        bent=OFF,
         skip=OFF,
         noise=OFF if problem.train_loss_fn is None else ON,
         kept_mark=jnp.int32(0),
@@ -135,7 +139,20 @@ def _replacements(problem: Problem, copy: Copy) -> dict[str, Replacement]:
             found[one.layer.name] = _head(problem, copy)
         elif one.activation is not None:
             found[one.layer.name] = _hidden(copy, branch_scale)
+    for one in merging(problem.network):
+        if one.layer.name != head:
+            found[one.layer.name] = _bent(copy)
     return found
+
+
+def _bent(copy: Copy) -> Replacement:
+    """A nonlinearity where there is none."""
+
+    def combine(values: LayerValues) -> Array:
+        bent = jax.nn.leaky_relu(values.before, LEAK)
+        return jnp.where(copy.bent, bent, values.after)
+
+    return Replacement(combine)
 
 
 def _head(problem: Problem, copy: Copy) -> Replacement:

@@ -178,6 +178,7 @@ def judge_network(
         *initialization.judge_biases(measured.weights, network),
         *initialization.judge_signal(measured.signal, network),
         *depth.judge_depth(measured.depth, network),
+        *depth.judge_merging(network),
         *width.judge_width(measured.width, need_of(problem), waists(network)),
     )
 

@@ -303,10 +303,11 @@ def _best_of_groups(original: Arm, arms: Iterable[Arm], best: float) -> list[Arm
     """
     chosen: dict[str, Arm] = {}
     for arm in arms:
-        group = arm.repairs[0].group
-        group = "head" if group == "loss" else group
+        (repair,) = arm.repairs
+        group = "head" if repair.group == "loss" else repair.group
+        margin = 0.02 if repair.follows is None else MIN_GAIN
         rival = chosen.get(group)
-        is_better = rival is None or arm.level > rival.level + 0.02
+        is_better = rival is None or arm.level > rival.level + margin
         if is_better and helps(original, arm, best=best):
             chosen[group] = arm
     return list(chosen.values())
@@ -338,7 +339,9 @@ def _joint_causes(
     if chosen is None:
         return [], reached
     best = chosen.level
-    if best < reached + needed_gain(original, best=best):
+    # What a single repair shows is told for less than a perfect copy alone.
+    reach = best if reached <= original.level else 1.0
+    if best < reached + needed_gain(original, best=reach):
         return [], best
     names = ", ".join(one.name for one in chosen.repairs)
     lab.progress(f"together, {names}: {original.level:.2f} -> {chosen.level:.2f}")

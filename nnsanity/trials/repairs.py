@@ -18,13 +18,13 @@ from nnsanity.checks import (
     regularization,
     width,
 )
-from nnsanity.findings import Finding, number
+from nnsanity.findings import Finding, listed, number
 from nnsanity.quantities import scales
 from nnsanity.quantities.drawing import redrawn
 from nnsanity.quantities.moments import feature_moments, group_moments
 from nnsanity.quantities.weight_sizes import doubled_share
 from nnsanity.tracing.layers import inspect
-from nnsanity.tracing.paths import depths
+from nnsanity.tracing.paths import depths, merging
 from nnsanity.tracing.replace import penalties
 from nnsanity.trials.copies import HEAD_LEFT_OUT, HEAD_SQUASHED, OFF, ON, Copy
 from nnsanity.trials.inside import measure_network
@@ -77,6 +77,7 @@ def available_repairs(problem: Problem) -> tuple[Repair, ...]:
         *_rate_repairs(),
         *_weight_repairs(problem),
         *_head_repairs(problem),
+        *_bending_repairs(problem),
         *_hidden_repairs(problem),
         *_regularization_repairs(problem),
     )
@@ -149,13 +150,10 @@ def _target_repairs(problem: Problem) -> tuple[Repair, ...]:
 
 
 def _rate_repairs() -> tuple[Repair, ...]:
-    return (
-        *(_rate_repair(factor) for factor in learning_rate.RATE_FACTORS),
-        *(
-            _rate_repair(factor)._replace(follows=_rate_repair(nearer).name)
-            for factor, nearer in learning_rate.FAR_RATE_FACTORS.items()
-        ),
-    )
+    near = [_rate_repair(factor) for factor in learning_rate.RATE_FACTORS]
+    largest = _rate_repair(max(learning_rate.RATE_FACTORS))
+    far = _rate_repair(learning_rate.FAR_RATE_FACTOR)._replace(follows=largest.name)
+    return (*near, far)
 
 
 def _rate_repair(factor: float) -> Repair:
@@ -230,6 +228,21 @@ def _head_repairs(problem: Problem) -> tuple[Repair, ...]:
             )
         )
     return tuple(repairs)
+
+
+def _bending_repairs(problem: Problem) -> tuple[Repair, ...]:
+    found = [one.layer.name for one in merging(problem.network)]
+    if not found:
+        return ()
+    return (
+        Repair(
+            f"a leaky ReLU behind {listed(found)}",
+            "hidden",
+            lambda copy, key: copy._replace(bent=ON),
+            ("depth/merged-layers",),
+            depth.merged_layers(found),
+        ),
+    )
 
 
 def _hidden_repairs(problem: Problem) -> tuple[Repair, ...]:

@@ -8,7 +8,12 @@ import optax
 import pytest
 
 import nnsanity as ns
-from nnsanity.checks.depth import DepthProfile, depth_profile, judge_depth
+from nnsanity.checks.depth import (
+    DepthProfile,
+    depth_profile,
+    judge_depth,
+    judge_merging,
+)
 from nnsanity.tracing.layers import Uninspected, inspect
 
 RNG = np.random.default_rng(0)
@@ -145,3 +150,16 @@ def test_a_dozen_sigmoid_layers_with_and_without_skips(skip):
     assert [one.rule.partition("/")[0] for one in found][:1] == ["depth"] * (not skip)
     for one in found[:1]:
         assert "skip connections takes the explained share" in one.message
+
+
+@pytest.mark.parametrize(
+    ("activation", "rules"), [(jnp.tanh, []), (lambda x: x, ["depth/merged-layers"])]
+)
+def test_layers_that_make_up_one(activation, rules):
+    def apply_fn(params, x):
+        return activation(x @ params["a"]) @ params["b"]
+
+    params = {"a": jnp.ones((3, 8)), "b": jnp.ones((8, 2))}
+    found = judge_merging(inspect(apply_fn, params, jnp.ones((5, 3))))
+    assert [one.rule for one in found] == rules
+    assert all(one.where == "a" and "behind a" in one.message for one in found)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from nnsanity.tracing.layers import inspect
-from nnsanity.tracing.paths import depths, on_every_way
+from nnsanity.tracing.paths import depths, merging, on_every_way
 
 X = jnp.ones((5, 4))
 SQUARES = {f"w{index}": jnp.eye(4) for index in range(1, 5)}
@@ -116,3 +116,59 @@ def test_attention_and_embedding():
     counted = depths(inspect(Block().apply, params, tokens))
     # Embedding, query or key or value, out, two dense ones and the last.
     assert (counted.longest, counted.unskipped) == (6, 2)
+
+
+def straight(p, x):
+    x = jax.nn.relu(x @ p["w1"] @ p["w2"])
+    return (x @ p["w3"]).reshape(5, 2, 2).reshape(5, 4) @ p["w4"]
+
+
+def low_rank(p, x):
+    return jnp.tanh(x @ p["w1"][:, :1] @ p["w2"][:1]) @ p["w3"]
+
+
+def two_readers(p, x):
+    x = x @ p["w1"]
+    return jnp.tanh(x @ p["w2"]) * jnp.tanh(x @ p["w3"])
+
+
+def attention(p, x):
+    query, key, value = (x @ p[name] for name in ("w1", "w2", "w3"))
+    return jax.nn.softmax(query @ key.T) @ value @ p["w4"]
+
+
+def scaled(p, x):
+    return jax.jit(lambda x: 2 * (x @ p["w1"]) + 1)(x) @ p["w2"]
+
+
+MERGING = dict.fromkeys(WAYS, "") | {
+    branched: "w1",
+    straight: "w1 w3",
+    low_rank: "",
+    two_readers: "",
+    attention: "",
+    scaled: "w1",
+}
+
+
+@pytest.mark.parametrize("network", MERGING, ids=lambda one: one.__name__)
+def test_layers_with_nothing_nonlinear_between_them(network):
+    found = merging(inspect(network, SQUARES, X))
+    assert {one.layer.name for one in found} == set(MERGING[network].split())
+
+
+class Separable(nn.Module):
+    groups: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), feature_group_count=self.groups, name="first")(x)
+        return nn.Dense(2)(nn.relu(nn.Conv(8, (1, 1), name="second")(x)).mean((1, 2)))
+
+
+@pytest.mark.parametrize(("groups", "expected"), [(1, {"first"}), (4, set())])
+def test_convolutions_by_groups_are_meant_to_be_followed_by_another(groups, expected):
+    module, images = Separable(groups), jnp.ones((2, 6, 6, 4))
+    params = module.init(jax.random.key(0), images)
+    found = merging(inspect(module.apply, params, images))
+    assert {one.layer.name for one in found} == expected

@@ -71,7 +71,9 @@ def arm(level, name=None):
     ("before", "nearer", "is_next"),
     [(-0.1, -0.1, True), (0.2, 0.6, True), (0.2, 0.1, False), (0.2, 0.95, False)],
 )
-def test_far_rates_follow_nearer_ones_that_did_no_harm(before, nearer, is_next):
+def test_a_far_rate_follows_the_nearer_one_where_that_did_no_harm(
+    before, nearer, is_next
+):
     (far,) = (one for one in repairs() if one.name.startswith("10,000 times"))
     tried = [arm(0.9, "0.01 times the learning rate"), arm(nearer, far.follows)]
     assert far.follows == "100 times the learning rate"

@@ -219,3 +219,13 @@ def test_healthy_twins_are_silent(name):
     arguments, options = TWINS[name]()
     report = checkup(*arguments, **options)
     assert [one for one in report.findings if one.severity != "info"] == []
+
+
+def test_layers_that_make_up_one_are_named_where_a_nonlinearity_helps():
+    params, data = drawn(16, 16), (INPUTS, INPUTS[:, :1] * INPUTS[:, 1:2])
+    for hidden, leading in ((jax.nn.relu, []), (lambda x: x, ["depth/merged-layers"])):
+        report = checkup(mlp(hidden), params, data=data, num_steps=600)
+        found = [one for one in report.findings if one.severity != "info"]
+        assert [one.rule for one in found][:1] == leading
+        for one in found[:1]:
+            assert "A leaky ReLU behind 0, 1 takes the explained share" in one.message

@@ -4,7 +4,9 @@ import optax
 from programs import cnn, mlp, weight_squares
 from tasks import (
     CANCER,
+    DIABETES,
     DIGITS,
+    FLIPPED,
     IMAGES,
     NNX_DIGITS,
     ROWS,
@@ -82,6 +84,8 @@ LEARNING_RATE = (
         CANCER,
         optimizer=optax.chain(optax.clip_by_global_norm(1e-4), optax.sgd(0.1)),
     ),
+    changed("rate of 1e-6 on noisy targets", (6,), DIABETES, optimizer=optax.sgd(1e-6)),
+    changed("rate of 1e-5 on flipped labels", (6,), FLIPPED, optimizer=optax.sgd(1e-5)),
 )
 
 FAULTS = (*REGULARIZATION, *BATCH_SIZE, *LEARNING_RATE)

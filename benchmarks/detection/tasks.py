@@ -71,6 +71,12 @@ def surface(num_examples=1500):
     return x * 1.7, standardized(y + 0.02 * random.randn(num_examples))[:, None]
 
 
+def flipped(inputs, labels):
+    """Every seventh label is the other one."""
+    is_flipped = np.arange(len(labels))[:, None] % 7 == 3
+    return inputs, np.where(is_flipped, 1 - labels, labels).astype(labels.dtype)
+
+
 @functools.cache
 def spirals(num_examples=1000):
     """Two spirals, one turn each."""
@@ -106,6 +112,7 @@ CANCER = Program(
 DIABETES = Program(
     lambda: table("diabetes"), mlp(16, 1), squared_error, optax.sgd(0.03)
 )
+FLIPPED = CANCER.but(data=lambda: flipped(*table("breast_cancer")))
 
 
 class Fault(NamedTuple):
@@ -193,6 +200,10 @@ HEALTHY = {
         ),
         network=mlp(32, 2, hidden=relu),
         loss=lambda logits, rows: optax.softmax_cross_entropy(logits, rows).mean(),
+    ),
+    "every seventh label flipped": FLIPPED,
+    "two hidden layers on diabetes": DIABETES.but(
+        network=mlp(64, 32, 1), optimizer=optax.adam(1e-3)
     ),
 }
 

@@ -52,7 +52,8 @@ def _noise(shapes: Mapping[int, tuple[int, ...]], key: Array) -> dict[int, Array
     for shape in dict.fromkeys(shapes.values()):
         alike = [leaf for leaf, one in shapes.items() if one == shape]
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.array(alike))
-        drawn = jax.vmap(lambda one, shape=shape: jax.random.normal(one, shape))(keys)
+        draw = functools.partial(jax.random.normal, shape=shape, dtype=jnp.float32)
+        drawn = jax.vmap(draw)(keys)
         noise |= zip(alike, drawn, strict=True)
     return noise
 

@@ -195,8 +195,8 @@ def merged_layers(names: Sequence[str]) -> Finding:
         listed(names),
         float(len(names)),
         0.0,
-        f"Nothing nonlinear stands behind {listed(names)}, before the next layer:"
-        " together with that it can do no more than one layer can.",
+        f"Nothing nonlinear stands between {listed(names)} and the layer behind each:"
+        " such a pair can do little more than one layer.",
         "Put a nonlinearity such as jax.nn.relu behind each hidden layer; the layers of"
         " Flax and Keras have none by themselves.",
     )

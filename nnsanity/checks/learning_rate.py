@@ -18,9 +18,9 @@ from nnsanity.findings import Finding, listed, number
 RATE_FACTORS = (0.1, 10.0, 0.01, 100.0)
 """Factors of the user's rate that the trial tries, the near ones first."""
 FAR_RATE_FACTOR = 1e4
-"""Factor that is tried where the largest of them did no harm and was not enough.  None
-is so small: with inputs of any size some such rate learns, and hides that they are raw.
-"""
+"""Factor that is tried where the largest of them did no harm and was not enough.  No
+factor goes as far down: some such rate learns from inputs of any size, and would hide
+that they are not normalized."""
 JITTER_LIMIT = 1.0
 """Healthy rise of the smoothed loss above its minimum, as a share of its fall."""
 CLIPPED_LIMIT = 0.1

@@ -177,13 +177,14 @@ def running_mean(losses: Array) -> Array:
     """
     weight = max(0.0, 1 - SMOOTHED_SHARE / (len(losses) - 1))
 
-    def step(mean: Array, loss: Array) -> tuple[Array, Array]:
-        mean = weight * mean + (1 - weight) * loss
-        return mean, mean
+    def step(state: tuple[Array, Array], loss: Array) -> tuple[tuple, Array]:
+        # The weights are summed as the losses are: so are they rounded.
+        mean, total = (weight * one for one in state)
+        mean, total = mean + (1 - weight) * loss, total + (1 - weight)
+        return (mean, total), mean / total
 
-    _, means = jax.lax.scan(step, 0 * losses[0], losses)
-    counts = jnp.arange(1, len(losses) + 1, dtype=jnp.float32)
-    return means / (1 - weight**counts)
+    zero = 0 * losses[0]
+    return jax.lax.scan(step, (zero, jnp.zeros_like(zero)), losses)[1]
 
 
 def check_training(

@@ -21,7 +21,7 @@ from nnsanity.quantities.descent import (
 
 SIGHT = 0.9
 """Healthy rise above the best smoothed loss in a ramp, as a share of the fall."""
-ROUNDING = 64
+ROUNDING = 16
 """Of the running mean of equal losses, in units of a loss's last place."""
 SAFETY = 0.1
 """Of the largest rate of a ramp, which overshoots the limit of stability."""

@@ -3,7 +3,7 @@
 import functools
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from nnsanity.tracing.chains import Chains
@@ -80,46 +80,51 @@ def merging(network: Network) -> tuple[Located, ...]:
 
     Nothing nonlinear and nothing else than the layer stands in between.  Left out are
     those that are meant so: narrower than what enters and what leaves both together,
-    as the factors of a matrix of low rank are, convolutions by groups of channels, and
-    embeddings.
+    as the factors of a matrix of low rank are; layers by groups, of channels or of
+    copies; and embeddings.  What a loop carries into its next turn, or enters a branch,
+    is not followed.
     """
     entered: dict[int, Located] = {one.operand: one for one in network.layers}
-    users = Chains(network.steps).users
+    chains = Chains(network.steps)
     found = []
     for one in network.layers:
         stages = one.linear_stages
         is_straight = all(stage.kind in ("move", "affine") for stage in stages)
         if one.activation is not None or not is_straight:
             continue
-        after = _next_layer(network, one.before, entered, users)
-        if after is None or one.layer.kind == "embedding":
+        after = _next_layer(chains, one.before, entered)
+        if after is None or "embedding" in (one.layer.kind, after.layer.kind):
             continue
-        is_grouped = any(_groups(layer) > 1 for layer in (one, after))
-        if not is_grouped and one.layer.units >= min(_entering(one), after.layer.units):
+        is_grouped = any(_is_grouped(layer) for layer in (one, after))
+        meets_units = _entering(after) % one.layer.units == 0
+        if is_grouped or not meets_units:
+            continue
+        if one.layer.units >= min(_entering(one), after.layer.units):
             found.append(one)
     return tuple(found)
 
 
 def _next_layer(
-    network: Network,
-    value: int,
-    entered: Mapping[int, Located],
-    users: Sequence[Sequence[int]],
+    chains: Chains, value: int, entered: Mapping[int, Located]
 ) -> Located | None:
-    """Returns the layer that a value alone enters, reshaped at most."""
-    while len(users[value]) == 1:
+    """Returns the layer that a value enters, reshaped at most, if nothing else does."""
+    while len(chains.users[value]) == 1 and value not in chains.is_output:
         if value in entered:
             return entered[value]
-        step = network.steps.steps[users[value][0]]
+        step = chains.steps.steps[chains.users[value][0]]
         if step.eqn.primitive.name not in STRUCTURAL:
             return None
         (value, *_) = step.outputs
     return None
 
 
-def _groups(one: Located) -> int:
-    """Returns by how many groups of channels a convolution goes; 1 for other layers."""
-    return one.step.eqn.params.get("feature_group_count", 1)
+def _is_grouped(one: Located) -> bool:
+    """Tells whether a layer is several side by side."""
+    params = one.step.eqn.params
+    if one.step.eqn.primitive.name == "dot_general":
+        _, (batch, _) = params["dimension_numbers"]
+        return bool(batch)
+    return params.get("feature_group_count", 1) > 1
 
 
 def _entering(one: Located) -> int:

@@ -4,14 +4,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nnsanity.trials.levels import FAILED
 from nnsanity.trials.repairs import Repair
 
 MIN_GAIN = 0.1
 """Gain in quality that a repair must bring; a difference of this size between a faulty
 program and its repaired twin is worth a finding."""
-MIN_GAIN_OF_FAILED = MIN_GAIN / 2
-"""The same where nothing is learned, which is a finding anyway."""
+MIN_GAIN_OF_LOST = MIN_GAIN / 2
+"""The same where nothing is learned and nothing will be, which is a finding anyway."""
+MIN_GRAINS = 4
+"""Held-out examples that a gain has to be worth, half of it on these, where less than
+of a perfect quality is asked."""
 MIN_GAIN_BY_CHANCE = 0.2
 """The same for another rate, schedule or loss, other weights, or a batch that nothing
 was measured against: nearly every healthy program could learn more from some of them.
@@ -47,6 +49,8 @@ class Arm(NamedTuple):
         held_out: float[seeds], quality on held-out examples alone.
         curve: float[marks + 1], quality of the first seed on its way.
         num_steps: how long it was trained.
+        is_lost: whether it learns nothing and is not on its way, either.
+        grain: quality that one held-out example is worth.
     """
 
     repairs: tuple[Repair, ...]
@@ -54,6 +58,8 @@ class Arm(NamedTuple):
     held_out: np.ndarray
     curve: np.ndarray
     num_steps: int
+    is_lost: bool = False
+    grain: float = 0.0
 
     @property
     def level(self) -> float:
@@ -92,7 +98,7 @@ def needed_gain(before: Arm, after: Arm | None = None, *, best: float = 1.0) -> 
     """The gain that counts, of what was repaired last.
 
     On noisy data the best quality is far from perfect, and so is what a repair can
-    bring.
+    bring; but a few held-out examples more or less are chance.
 
     Args:
         before: without the repair.
@@ -101,13 +107,15 @@ def needed_gain(before: Arm, after: Arm | None = None, *, best: float = 1.0) -> 
     """
     repairs = () if after is None else after.repairs
     is_choice = len(repairs) == 1 and repairs[0].is_free
-    if before.level <= FAILED:
-        least, by_chance = MIN_GAIN_OF_FAILED, MIN_GAIN_BY_CHANCE * best
+    missing = 1.0 - max(before.level, 0.0)
+    most = max(MIN_GAIN_BY_CHANCE if is_choice else MIN_GAIN, MIN_SHARE * missing)
+    if before.is_lost:
+        least, by_chance = MIN_GAIN_OF_LOST, MIN_GAIN_BY_CHANCE * best
     else:
         least, by_chance = MIN_GAIN, MIN_GAIN_BY_CHANCE * (1 + best) / 2
-    if is_choice:
-        least = max(least, by_chance)
-    return max(least, MIN_SHARE * (best - max(before.level, 0.0)))
+    least = max(least, by_chance) if is_choice else least
+    share = MIN_SHARE * (best - max(before.level, 0.0))
+    return min(most, max(least, share, MIN_GRAINS * before.grain))
 
 
 def helps(before: Arm, after: Arm, *, best: float = 1.0) -> bool:

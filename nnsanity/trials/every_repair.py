@@ -12,7 +12,7 @@ from nnsanity.trials.optimizer_repairs import optimizer_repairs
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.repairs import Repair, available_repairs
 
-SHARED_GROUPS = ("columns", "inputs", "targets", "weights", "hidden")
+SHARED_GROUPS = ("columns", "inputs", "targets", "weights", "hidden", "merged")
 """Repairs that are harmless to make together, the most harmless first."""
 MEASURED = frozenset({"batch-size/too-large", "initialization/off-scale"})
 """Suspicions of what could be chosen otherwise that rest on a measured size."""

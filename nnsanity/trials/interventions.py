@@ -25,7 +25,14 @@ from nnsanity.trials.arms import (
 )
 from nnsanity.trials.copies import Copy
 from nnsanity.trials.every_repair import combinations, every_repair
-from nnsanity.trials.levels import LEARNED, curve_of, last, level_of
+from nnsanity.trials.levels import (
+    LEARNED,
+    curve_of,
+    grain_of,
+    is_lost,
+    last,
+    level_of,
+)
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.ranking import ranked
 from nnsanity.trials.repairs import Repair
@@ -168,13 +175,12 @@ def intervene(
         key=lambda one: not (one.is_suspected or set(one.rules) & set(suspected)),
     )
     arms, left_out = _try_singles(lab, original, repairs)
-    best = float(np.nanmax([0.0, original.level, *(arm.level for arm in arms)]))
+    best = max(0.0, original.level, *(arm.level for arm in arms))
     singles = _best_of_groups(original, arms, best)
     reached = max((arm.level for arm in singles), default=original.level)
     joint: list[tuple[Arm, Arm]] = []
     if reached < LEARNED - MIN_GAIN:
-        joint, together = _joint_causes(lab, original, repairs, reached)
-        best = max(best, together)
+        joint, best = _joint_causes(lab, original, repairs, reached, best)
         singles = _best_of_groups(original, arms, best)
     pairs = joint or [(original, arm) for arm in singles]
     causes = ranked(problem, original, pairs, suspected, best)
@@ -241,8 +247,16 @@ def _arm(lab: _Lab, repairs: tuple[Repair, ...], outcomes: Sequence[Outcome]) ->
         for one, level in zip(outcomes, levels, strict=True)
     ]
     curve = curve_of(lab.problem, outcomes[0], float(outcomes[0].losses[0]))
-    num_steps = _trial_of(lab, repairs).num_steps
-    return Arm(repairs, np.array(levels), np.array(held_out), curve, num_steps)
+    trial = _trial_of(lab, repairs)
+    return Arm(
+        repairs,
+        np.array(levels),
+        np.array(held_out),
+        curve,
+        trial.num_steps,
+        is_lost(lab.problem, outcomes[0], float(np.median(levels))),
+        grain_of(lab.problem, trial.num_held_out),
+    )
 
 
 def _train(lab: _Lab, repairs: Sequence[Repair], seeds: slice) -> Arm:
@@ -293,7 +307,7 @@ def _is_next(original: Arm, repair: Repair, tried: Sequence[Arm]) -> bool:
     if repair.follows is None:
         return True
     levels = [arm.level for arm in tried if arm.repairs[0].name == repair.follows]
-    return any(original.level <= level < LEARNED for level in levels)
+    return any(original.level <= level < LEARNED and level > -1 for level in levels)
 
 
 def _best_of_groups(original: Arm, arms: Iterable[Arm], best: float) -> list[Arm]:
@@ -314,7 +328,7 @@ def _best_of_groups(original: Arm, arms: Iterable[Arm], best: float) -> list[Arm
 
 
 def _joint_causes(
-    lab: _Lab, original: Arm, repairs: Sequence[Repair], reached: float
+    lab: _Lab, original: Arm, repairs: Sequence[Repair], reached: float, best: float
 ) -> tuple[list[tuple[Arm, Arm]], float]:
     """Repairs everything at once and finds out which repairs are needed.
 
@@ -322,12 +336,13 @@ def _joint_causes(
         lab: what is needed to train.
         original: the user's own program.
         repairs: all of them.
-        reached: quality with the best single repair.
+        reached: quality with the best single repair that helps.
+        best: that of any copy so far.
 
     Returns:
         For each needed repair the arm without it and the arm with all of them; empty
         where repairing everything is no better than the best single repair.  And the
-        quality that all of them reached.
+        best quality of any copy.
     """
     chosen: Arm | None = None
     for repaired in combinations(repairs):
@@ -337,11 +352,11 @@ def _joint_causes(
         if chosen is None or arm.level > chosen.level + MIN_GAIN / 2:
             chosen = arm
     if chosen is None:
-        return [], reached
-    best = chosen.level
-    # What a single repair shows is told for less than a perfect copy alone.
+        return [], best
+    best = max(best, chosen.level)
+    # A single repair that helps is told, unless all together come far beyond it.
     reach = best if reached <= original.level else 1.0
-    if best < reached + needed_gain(original, best=reach):
+    if chosen.level < reached + needed_gain(original, best=reach):
         return [], best
     names = ", ".join(one.name for one in chosen.repairs)
     lab.progress(f"together, {names}: {original.level:.2f} -> {chosen.level:.2f}")
@@ -368,6 +383,6 @@ def _without_needless(lab: _Lab, arm: Arm) -> tuple[Repair, ...]:
     needed, level = arm.repairs, arm.level
     for repair in reversed(arm.repairs):
         rest = _but(needed, repair)
-        if rest and _train(lab, rest, FIRST_SEED).level >= level - MIN_GAIN:
+        if rest and _train(lab, rest, FIRST_SEED).level >= (1 - MIN_GAIN) * level:
             needed = rest
     return needed

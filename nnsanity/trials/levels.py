@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from nnsanity._types import Array
+from nnsanity.checks.learning_rate import is_falling
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.trial import Outcome
 
@@ -12,6 +13,10 @@ LEARNED = 0.9
 """Quality from which on a network counts as learning well: nothing is repaired."""
 FAILED = 0.1
 """Quality up to which a network counts as not learning."""
+
+
+MIN_STEPS_TO_FAIL = 50
+"""Steps before which a network is only on its way."""
 
 
 def level_of(problem: Problem, outcome: Outcome, start_loss: float) -> float:
@@ -49,9 +54,28 @@ def unit_of(problem: Problem) -> tuple[str, Callable[[float], float]]:
         return "share by which the loss fell", lambda level: level
     if problem.kind == "numbers":
         return "explained share of the variance", lambda level: max(level, 0.0)
+    chance = _chance(problem)
+    return "accuracy", lambda level: max(chance + level * (1 - chance), 0.0)
+
+
+def grain_of(problem: Problem, num_held_out: int) -> float:
+    """Returns the quality that one held-out example is worth; 0 for numbers."""
+    if problem.kind in (None, "numbers"):
+        return 0.0
+    return 1 / max((1 - _chance(problem)) * num_held_out, 1.0)
+
+
+def _chance(problem: Problem) -> float:
+    """Returns the share of the commonest class."""
     targets = np.asarray(problem.targets)
     if problem.kind == "one-hot":
         targets = targets.argmax(axis=-1)
     _, counts = np.unique(targets, return_counts=True)
-    chance = counts.max() / counts.sum()
-    return "accuracy", lambda level: max(chance + level * (1 - chance), 0.0)
+    return float(counts.max() / counts.sum())
+
+
+def is_lost(problem: Problem, outcome: Outcome, level: float) -> bool:
+    """Tells whether a network learns nothing and is not on its way, either."""
+    is_short = len(outcome.batch_losses) < MIN_STEPS_TO_FAIL
+    is_on_its_way = is_short or is_falling(outcome.losses)
+    return problem.kind is not None and level <= FAILED and not is_on_its_way

@@ -9,7 +9,7 @@ from nnsanity.trials.problem import Problem
 from nnsanity.trials.repairs import Repair
 
 SUSPICION_BONUS = 0.15
-"""What a suspicion adds to the gain of its repair."""
+"""What a suspicion adds to the gain of its repair, as a share of the best quality."""
 MAX_CAUSES = 3
 
 
@@ -41,7 +41,7 @@ def ranked(
         effect = _effect(problem, before, after, best)
         severity = "error" if original.level <= FAILED else "warning"
         is_suspected = rule is not None or repair.is_suspected
-        bonus = SUSPICION_BONUS if is_suspected else 0.0
+        bonus = SUSPICION_BONUS * best if is_suspected else 0.0
         scored.append((gain + bonus, caused(finding, effect, severity)))
     scored.sort(key=lambda pair: -pair[0])
     return tuple(finding for _, finding in scored[:MAX_CAUSES])

@@ -77,8 +77,8 @@ def available_repairs(problem: Problem) -> tuple[Repair, ...]:
         *_rate_repairs(),
         *_weight_repairs(problem),
         *_head_repairs(problem),
-        *_bending_repairs(problem),
         *_hidden_repairs(problem),
+        *_bending_repairs(problem),
         *_regularization_repairs(problem),
     )
 
@@ -237,7 +237,7 @@ def _bending_repairs(problem: Problem) -> tuple[Repair, ...]:
     return (
         Repair(
             f"a leaky ReLU behind {listed(found)}",
-            "hidden",
+            "merged",
             lambda copy, key: copy._replace(bent=ON),
             ("depth/merged-layers",),
             depth.merged_layers(found),

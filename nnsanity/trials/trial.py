@@ -69,6 +69,7 @@ class Trial(NamedTuple):
         num_steps: how long it trains.
         per_mark: steps from one mark to the next.
         batch_size: examples in one step.
+        num_held_out: examples that tell learning from memorizing.
     """
 
     train: functools.partial[Outcome]
@@ -76,6 +77,7 @@ class Trial(NamedTuple):
     num_steps: int
     per_mark: int
     batch_size: int
+    num_held_out: int
 
 
 def prepare(problem: Problem, key: Array, *, num_steps: int, batch_size: int) -> Trial:
@@ -102,7 +104,8 @@ def prepare(problem: Problem, key: Array, *, num_steps: int, batch_size: int) ->
         _validation(problem),
         rows,
     )
-    return Trial(train, plain(problem), marks * per_mark, per_mark, batch_size)
+    num_steps = marks * per_mark
+    return Trial(train, plain(problem), num_steps, per_mark, batch_size, len(rows[2]))
 
 
 def _validation(problem: Problem) -> tuple[PyTree, PyTree] | None:

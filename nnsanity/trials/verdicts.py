@@ -25,7 +25,7 @@ from nnsanity.trials.angles import judge_angles
 from nnsanity.trials.by_heart import judge_by_heart, judge_outputs
 from nnsanity.trials.inside import measure_network
 from nnsanity.trials.interventions import Diagnosis
-from nnsanity.trials.levels import FAILED, LEARNED
+from nnsanity.trials.levels import FAILED, LEARNED, MIN_STEPS_TO_FAIL
 from nnsanity.trials.measure import data_loss, few_examples, perfect_loss, some_examples
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.trial import Outcome
@@ -36,8 +36,6 @@ SMELLS = frozenset({"learning-rate/outlier-examples"})
 """Rules that no repair tests: warnings only where nothing else is found."""
 MAX_NUMBERS = 2**25
 """Numbers of targets, classes as one-hot rows, up to which they are compared."""
-MIN_STEPS_TO_FAIL = 50
-"""Steps before which a network is only on its way."""
 CONSTANT_SHARE = 0.95
 """Loss in units of a constant output's, from which on nothing counts as learned."""
 

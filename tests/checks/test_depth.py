@@ -162,4 +162,4 @@ def test_layers_that_make_up_one(activation, rules):
     params = {"a": jnp.ones((3, 8)), "b": jnp.ones((8, 2))}
     found = judge_merging(inspect(apply_fn, params, jnp.ones((5, 3))))
     assert [one.rule for one in found] == rules
-    assert all(one.where == "a" and "behind a" in one.message for one in found)
+    assert all(one.where == "a" and "between a and the" in one.message for one in found)

@@ -122,6 +122,18 @@ def test_needed_gain(activation, gain):
     assert needed_gain(network.layers[0]) == pytest.approx(gain)
 
 
+def test_weights_of_one_shape_are_drawn_apart():
+    params = [jnp.ones((64, 64), jnp.bfloat16), jnp.ones((64, 64)), jnp.ones((64, 3))]
+    network = inspect(lambda p, x: x @ p[0] @ p[1] @ p[2], params, jnp.ones((2, 64)))
+    drawn = redrawn(network, params, KEY)
+    assert [one.dtype for one in drawn] == [one.dtype for one in params]
+    for leaf, one in enumerate(drawn):
+        noise = jax.random.normal(jax.random.fold_in(KEY, leaf), one.shape)
+        np.testing.assert_allclose(np.float32(one), noise / 8, rtol=1e-2, atol=1e-6)
+    first, second = (np.float32(one).ravel() for one in drawn[:2])
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.1
+
+
 def test_redrawn_weights_have_the_gain_of_theory():
     bad = jax.tree.map(lambda leaf: leaf * 0 + 9, mlp_params(units=300))
     drawn = redrawn(inspect(mlp, bad, INPUTS), bad, KEY)

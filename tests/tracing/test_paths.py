@@ -137,6 +137,28 @@ def attention(p, x):
     return jax.nn.softmax(query @ key.T) @ value @ p["w4"]
 
 
+def returned_too(p, x):
+    x = x @ p["w1"]
+    return x @ p["w2"], x
+
+
+def linear_recurrence(p, x):
+    def turn(state, row):
+        state = jnp.concatenate([state, row])[:4] @ p["w1"]
+        return state, state @ p["w2"]
+
+    return jax.lax.scan(turn, x[0], x)[1]
+
+
+def channels_then_tokens(p, x):
+    return (x @ p["w1"]).T @ p["w2"].repeat(2, axis=0)[:5]
+
+
+def copies(p, x):
+    weights = jnp.stack([p["w1"], p["w2"]])
+    return jax.vmap(lambda w: x @ w @ p["w3"])(weights)
+
+
 def scaled(p, x):
     return jax.jit(lambda x: 2 * (x @ p["w1"]) + 1)(x) @ p["w2"]
 
@@ -147,6 +169,10 @@ MERGING = dict.fromkeys(WAYS, "") | {
     low_rank: "",
     two_readers: "",
     attention: "",
+    returned_too: "",
+    linear_recurrence: "",
+    channels_then_tokens: "",
+    copies: "",
     scaled: "w1",
 }
 

@@ -62,8 +62,25 @@ def test_what_counts_is_a_share_of_the_best_that_data_allow():
 
 
 @pytest.mark.parametrize("repairs", [CHOSEN, NEEDED])
-def test_less_is_enough_where_nothing_was_learned(repairs):
-    before, after = arm(0.0, 0.01, -0.3), arm(0.09, 0.1, 0.1)._replace(repairs=repairs)
+def test_less_is_enough_where_nothing_is_learned(repairs):
+    before = arm(0.0, 0.01, -0.3)._replace(is_lost=True)
+    after = arm(0.09, 0.1, 0.1)._replace(repairs=repairs)
     assert helps(before, after, best=0.34)
     assert not helps(before, after, best=0.9)
     assert not helps(before, arm(0.04)._replace(repairs=repairs), best=0.1)
+    if repairs is CHOSEN:  # a healthy program on its way could gain as much
+        assert not helps(before._replace(is_lost=False), after, best=0.34)
+
+
+@pytest.mark.parametrize("repairs", [CHOSEN, NEEDED])
+@pytest.mark.parametrize("before", [arm(0.0)._replace(is_lost=True), arm(0.3)])
+def test_what_a_few_held_out_examples_are_worth_is_chance(before, repairs):
+    before = before._replace(grain=0.04)
+    after = arm(before.level + 0.13)._replace(repairs=repairs)
+    best = after.level
+    most = needed_gain(before, after)
+    assert needed_gain(before, after, best=best) == pytest.approx(min(0.16, most))
+    assert not helps(before, after, best=best)
+    # Never more than of what may become perfect.
+    before = before._replace(grain=1.0)
+    assert needed_gain(before, after, best=best) == most

@@ -282,6 +282,11 @@ def test_data_with_names():
     assert "normalization/rounded" in rules(checkup(data=data))
 
 
+def test_progress_is_a_function():
+    with pytest.raises(TypeError, match="progress must be like print, got True"):
+        checkup(progress=True)
+
+
 def test_ignored_rules_are_a_list():
     with pytest.raises(TypeError, match="ignore must be a list of rules, got 'width"):
         checkup(ignore="width/redundant")

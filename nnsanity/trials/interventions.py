@@ -307,7 +307,7 @@ def _is_next(original: Arm, repair: Repair, tried: Sequence[Arm]) -> bool:
     if repair.follows is None:
         return True
     levels = [arm.level for arm in tried if arm.repairs[0].name == repair.follows]
-    return any(original.level <= level < LEARNED and level > -1 for level in levels)
+    return any(original.level <= level < LEARNED for level in levels)
 
 
 def _best_of_groups(original: Arm, arms: Iterable[Arm], best: float) -> list[Arm]:

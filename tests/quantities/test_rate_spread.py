@@ -164,3 +164,11 @@ def test_spread_is_not_finite_where_the_loss_is_not():
     found = ramp(np.where(np.arange(STEPS) < 30, 1.0, np.nan))
     assert np.isfinite(found.spread[:30]).all()
     assert not np.isfinite(found.spread[30:]).any()
+
+
+def test_a_small_fall_shows_on_a_long_ramp_of_large_losses():
+    loss_fn, start = lambda p, b: 30.0 + (p - 1) ** 2, jnp.float32(0)
+    limits = {"min_scale": 1e-5, "max_scale": 1e-2}
+    found = lr_range(loss_fn, start, jnp.zeros(3000), optax.sgd(1.0), **limits)
+    assert not np.any(found.diverged)
+    assert 1e-5 < found.steepest < 1e-2

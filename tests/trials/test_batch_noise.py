@@ -133,7 +133,7 @@ def test_a_batch_far_beyond_the_noise_is_a_cause():
     assert found.severity in ("error", "warning")
     assert (found.measured, "standard error" in found.message) == (320, True)
     size = suggested_size(found.limit, 2000)
-    assert f"Batches of {size} takes the explained share" in found.message
+    assert f"Training in batches of {size} takes the explained" in found.message
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ program and its repaired twin is worth a finding."""
 MIN_GAIN_OF_LOST = MIN_GAIN / 2
 """The same where nothing is learned and nothing will be, which is a finding anyway."""
 MIN_GRAINS = 4
-"""Held-out examples that a gain has to be worth, half of it on these, where less than
-of a perfect quality is asked."""
+"""Held-out examples that a gain has to be worth where a share of a quality under 1 is
+asked; half a gain on these counts, so that it takes two of them."""
 MIN_GAIN_BY_CHANCE = 0.2
 """The same for another rate, schedule or loss, other weights, or a batch that nothing
 was measured against: nearly every healthy program could learn more from some of them.

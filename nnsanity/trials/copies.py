@@ -139,10 +139,7 @@ def _replacements(problem: Problem, copy: Copy) -> dict[str, Replacement]:
             found[one.layer.name] = _head(problem, copy)
         elif one.activation is not None:
             found[one.layer.name] = _hidden(copy, branch_scale)
-    for one in merging(problem.network):
-        if one.layer.name != head:
-            found[one.layer.name] = _bent(copy)
-    return found
+    return found | {one.layer.name: _bent(copy) for one in merging(problem.network)}
 
 
 def _bent(copy: Copy) -> Replacement:

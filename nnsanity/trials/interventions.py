@@ -91,6 +91,7 @@ class _Lab(NamedTuple):
     split_key: Array
     keys: tuple[Array, ...]
     start_loss: float
+    grain: float
     progress: Progress
     deadline: float
 
@@ -162,6 +163,7 @@ def intervene(
         split_key,
         keys,
         float(outcomes[0].losses[0]),
+        grain_of(problem, trial.num_held_out),
         progress,
         max(deadline, time.monotonic() + LEAST_SECONDS),
     )
@@ -246,16 +248,14 @@ def _arm(lab: _Lab, repairs: tuple[Repair, ...], outcomes: Sequence[Outcome]) ->
         last(one.quality) if lab.problem.kind is not None else level
         for one, level in zip(outcomes, levels, strict=True)
     ]
-    curve = curve_of(lab.problem, outcomes[0], float(outcomes[0].losses[0]))
-    trial = _trial_of(lab, repairs)
     return Arm(
         repairs,
         np.array(levels),
         np.array(held_out),
-        curve,
-        trial.num_steps,
+        curve_of(lab.problem, outcomes[0], float(outcomes[0].losses[0])),
+        len(outcomes[0].batch_losses),
         is_lost(lab.problem, outcomes[0], float(np.median(levels))),
-        grain_of(lab.problem, trial.num_held_out),
+        lab.grain,
     )
 
 

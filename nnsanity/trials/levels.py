@@ -13,8 +13,6 @@ LEARNED = 0.9
 """Quality from which on a network counts as learning well: nothing is repaired."""
 FAILED = 0.1
 """Quality up to which a network counts as not learning."""
-
-
 MIN_STEPS_TO_FAIL = 50
 """Steps before which a network is only on its way."""
 
@@ -74,8 +72,13 @@ def _chance(problem: Problem) -> float:
     return float(counts.max() / counts.sum())
 
 
+def is_on_its_way(outcome: Outcome) -> bool:
+    """Tells whether a training is too short, or its loss still falls, to be judged."""
+    is_short = len(outcome.batch_losses) < MIN_STEPS_TO_FAIL
+    return is_short or is_falling(outcome.losses)
+
+
 def is_lost(problem: Problem, outcome: Outcome, level: float) -> bool:
     """Tells whether a network learns nothing and is not on its way, either."""
-    is_short = len(outcome.batch_losses) < MIN_STEPS_TO_FAIL
-    is_on_its_way = is_short or is_falling(outcome.losses)
-    return problem.kind is not None and level <= FAILED and not is_on_its_way
+    has_failed = problem.kind is not None and level <= FAILED
+    return has_failed and not is_on_its_way(outcome)

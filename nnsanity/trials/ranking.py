@@ -32,7 +32,6 @@ def ranked(
     scored = []
     for before, after in pairs:
         (repair,) = after.repairs
-        gain = gain_of(before, after)
         rule = next((rule for rule in repair.rules if rule in suspected), None)
         finding = repair.finding if rule is None else suspected[rule]
         if repair.group == "rate":
@@ -42,7 +41,7 @@ def ranked(
         severity = "error" if original.level <= FAILED else "warning"
         is_suspected = rule is not None or repair.is_suspected
         bonus = SUSPICION_BONUS * best if is_suspected else 0.0
-        scored.append((gain + bonus, caused(finding, effect, severity)))
+        scored.append((effect.gain + bonus, caused(finding, effect, severity)))
     scored.sort(key=lambda pair: -pair[0])
     return tuple(finding for _, finding in scored[:MAX_CAUSES])
 

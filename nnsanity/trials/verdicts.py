@@ -11,7 +11,6 @@ from nnsanity._types import Array
 from nnsanity.checks import (
     gradients,
     initialization,
-    learning_rate,
     preprocessing,
     regularization,
     results,
@@ -25,7 +24,7 @@ from nnsanity.trials.angles import judge_angles
 from nnsanity.trials.by_heart import judge_by_heart, judge_outputs
 from nnsanity.trials.inside import measure_network
 from nnsanity.trials.interventions import Diagnosis
-from nnsanity.trials.levels import FAILED, LEARNED, MIN_STEPS_TO_FAIL
+from nnsanity.trials.levels import FAILED, LEARNED, is_on_its_way
 from nnsanity.trials.measure import data_loss, few_examples, perfect_loss, some_examples
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.trial import Outcome
@@ -208,9 +207,8 @@ def _unexplained(
     problem: Problem, diagnosis: Diagnosis, constant: float
 ) -> tuple[Finding, ...]:
     outcome = diagnosis.outcomes[0]
-    is_short = len(outcome.batch_losses) < MIN_STEPS_TO_FAIL
-    if is_short or learning_rate.is_falling(outcome.losses):
-        return ()  # not yet
+    if is_on_its_way(outcome):
+        return ()
     reached = data_loss(problem, outcome.params, some_examples(problem))
     baseline = constant if np.isfinite(constant) else float(outcome.losses[0])
     if reached < baseline - (1 - CONSTANT_SHARE) * abs(baseline):

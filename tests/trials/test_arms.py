@@ -47,6 +47,7 @@ def test_what_nearly_every_program_gains_from_has_to_bring_more():
     assert needed_gain(before, after) == MIN_GAIN_BY_CHANCE
     assert not helps(before, after)
     assert helps(before, after._replace(repairs=NEEDED))
+    assert not helps(before, arm(0.9)._replace(repairs=NEEDED))
 
 
 def test_what_counts_is_a_share_of_the_best_that_data_allow():

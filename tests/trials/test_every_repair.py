@@ -1,5 +1,7 @@
 """Which repairs are a matter of choice, and which rates follow others."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,7 @@ def loss_fn(params, batch):
     return jnp.mean(jnp.abs(apply_fn(params, batch[0]) - batch[1]) ** 3)
 
 
+@functools.cache
 def repairs(*rules):
     problem = checked_problem(
         apply_fn,

@@ -221,6 +221,15 @@ def test_healthy_twins_are_silent(name):
     assert [one for one in report.findings if one.severity != "info"] == []
 
 
+def test_layers_that_make_up_one_do_no_harm_where_the_task_is_linear():
+    noise = RNG.normal(size=(400, 1)).astype(np.float32)
+    data = INPUTS, INPUTS @ SLOPES[:, None] + noise
+    report = checkup(mlp(lambda x: x), drawn(16, 16), data=data, num_steps=600)
+    found = {one.rule: one.severity for one in report.findings}
+    assert found["depth/merged-layers"] == "info"
+    assert set(found.values()) == {"info"}
+
+
 def test_layers_that_make_up_one_are_named_where_a_nonlinearity_helps():
     params, data = drawn(16, 16), (INPUTS, INPUTS[:, :1] * INPUTS[:, 1:2])
     for hidden, leading in ((jax.nn.relu, []), (lambda x: x, ["depth/merged-layers"])):

@@ -23,6 +23,7 @@ ORDERED = np.sort(EFFECTS)[CODES][:, None]
 # Nothing explains more than a good third of these.
 MANY = RNG.normal(size=(800, 4)).astype(np.float32)
 NOISY = (np.tanh(MANY @ SLOPES) + RNG.normal(size=800))[:, None]
+RARE = (MANY @ SLOPES + RNG.normal(size=800) > 3)[:, None]  # a twentieth
 
 
 def drawn(*widths, init=jax.nn.initializers.he_normal()):  # noqa: B008
@@ -136,6 +137,11 @@ FAULTS = {
 }
 TWINS = {
     "noisy targets": {"data": (MANY, NOISY), "optimizer": optax.adam(0.01)},
+    "rare classes": {
+        "apply_fn": SIGMOID_HEAD,
+        "data": (MANY, RARE),
+        "optimizer": optax.adam(0.02),
+    },
     "small inputs": {"optimizer": optax.sgd(0.05)},
     "sigmoid head": {"apply_fn": SIGMOID_HEAD, "data": (INPUTS, (NUMBERS + 2) / 4)},
     "tanh stack": {

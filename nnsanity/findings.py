@@ -126,7 +126,8 @@ class Effect(NamedTuple):
         before: what the original reached, in the unit of ``measure``.
         after: what the repaired copy reached.
         measure: what was measured: ``"accuracy"``, ``"share of the variance"``.
-        num_steps: length of both trainings.
+        num_steps: length of the copy's training.
+        num_steps_before: length of the original's.
         num_seeds: how many trainings each number is the median of.
         gain: the difference on a scale from 0, a constant output, to 1, perfect.
         limit: the gain from which on it counts.
@@ -138,6 +139,7 @@ class Effect(NamedTuple):
     after: float
     measure: str
     num_steps: int
+    num_steps_before: int
     num_seeds: int
     gain: float
     limit: float
@@ -148,9 +150,14 @@ def caused(finding: Finding, effect: Effect, severity: str) -> Finding:
     """Turns a suspicion into a cause, by the measured effect of its repair."""
     place = "With the other repairs in place, " if effect.is_joint else ""
     words = f"{place}{effect.repair}"
+    before, after = f"{effect.before:.2f}", f"{effect.after:.2f}"
+    if effect.num_steps == effect.num_steps_before:
+        change = f" after {effect.num_steps:,} steps from {before} to {after}"
+    else:
+        change = f" from {before} after {effect.num_steps_before:,} steps to {after}"
+        change += f" after {effect.num_steps:,}"
     sentence = (
-        f"{words[0].upper()}{words[1:]} takes the {effect.measure} after"
-        f" {effect.num_steps} steps from {effect.before:.2f} to {effect.after:.2f}"
+        f"{words[0].upper()}{words[1:]} takes the {effect.measure}{change}"
         f" ({effect.num_seeds} seeds)."
     )
     # A proof stays an error, however much the network learns in spite of it.

@@ -80,7 +80,16 @@ def test_the_items_are_the_eleven():
 @pytest.mark.parametrize("is_joint", [False, True])
 def test_caused(measured, limit, is_joint):
     effect = Effect(
-        "rescaling the weights", 0.1, 0.875, "accuracy", 300, 3, 0.8, 0.25, is_joint
+        "rescaling the weights",
+        0.1,
+        0.875,
+        "accuracy",
+        300,
+        300,
+        3,
+        0.8,
+        0.25,
+        is_joint,
     )
     suspicion = FINDING._replace(measured=measured, limit=limit)
     cause = caused(suspicion, effect, "error")

@@ -202,6 +202,26 @@ def merged_layers(names: Sequence[str]) -> Finding:
     )
 
 
+def too_shallow(name: str) -> Finding:
+    """The finding that a network of one layer can't say what its outputs need.
+
+    Args:
+        name: of the layer.
+    """
+    return Finding(
+        "depth/too-shallow",
+        10,
+        "info",
+        name,
+        1.0,
+        2.0,
+        f"{name} is the only layer: what its outputs can say is a linear function of"
+        " the inputs, and the targets are none.",
+        "Put a hidden layer with a nonlinearity before it, such as 64 units of"
+        " jax.nn.relu.",
+    )
+
+
 def _lost_gradient(gradient: np.ndarray) -> str:
     """Says how the gradient changes with depth, if it gets lost with it."""
     hidden = gradient[:-1]  # the last layer's follows from the loss

@@ -4,6 +4,7 @@
 explode, and go a little below" (D. Holden).
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -271,6 +272,25 @@ def wrong_rate(factor: float) -> Finding:
         f"The learning rate is about {times} times too {'high' if is_high else 'low'}.",
         f"Multiply the learning rate by {number(factor)}; from there, take the largest"
         " one that does not make the loss rise.",
+    )
+
+
+def stops_early(num_steps: int) -> Finding:
+    """The finding that a training ends while its loss is on its way down.
+
+    Args:
+        num_steps: how long it is.
+    """
+    return Finding(
+        "learning-rate/stops-early",
+        6,
+        "info",
+        "training",
+        float(num_steps),
+        math.nan,
+        f"The training ends after {num_steps:,} steps, with the loss on its way down.",
+        "Train for longer, until the loss is level. Count optimizer steps, not epochs:"
+        " few examples or large batches make few of them.",
     )
 
 

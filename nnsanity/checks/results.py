@@ -245,10 +245,15 @@ def no_better_than_constant(
     )
 
 
-def judge_neighbors(measured: Continuity) -> tuple[Finding, ...]:
+def judge_neighbors(measured: Continuity, *, severity: str) -> tuple[Finding, ...]:
     """Says whether inputs tell anything about the targets.
 
-    For a network that does not learn: one that does is the better witness.
+    For a network that does not learn, or by heart alone: one that does is the better
+    witness.
+
+    Args:
+        measured: of inputs and targets.
+        severity: of the finding.
     """
     distance, z_score = float(measured.distance), float(measured.z_score)
     if abs(z_score) > CHANCE_LIMIT:
@@ -257,7 +262,7 @@ def judge_neighbors(measured: Continuity) -> tuple[Finding, ...]:
         Finding(
             "results/uninformative-targets",
             2,
-            "error",
+            severity,
             "data",
             z_score,
             CHANCE_LIMIT,

@@ -27,6 +27,9 @@ USUAL_UNITS = 256
 """Units that are enough to start with, however many classes there are (D. Holden)."""
 NARROW_SHARE = 4
 """How many times as many units the guideline has as a layer that is suspected."""
+FEW_UNITS = 4
+"""Units of a layer that is suspected whatever the task; even an exclusive or is learned
+from every start only by more."""
 WIDE_UNITS = 64
 """Fewest units of the wider copy that a suspected layer is compared with."""
 FULL_SHARE = 0.5
@@ -150,13 +153,13 @@ class Need(NamedTuple):
     guideline: int
 
     def is_narrow(self, width: int) -> bool:
-        """Tells whether a layer has fewer units than the outputs take, or far too few.
+        """Tells whether a layer has fewer units than the outputs take, or very few.
 
         Args:
             width: numbers of an example that pass the layer.
         """
         is_below = width < min(self.outputs, self.guideline)
-        return is_below or NARROW_SHARE * width <= self.guideline
+        return is_below or NARROW_SHARE * width <= self.guideline or width <= FEW_UNITS
 
 
 def needed_units(*, num_inputs: int, num_outputs: int, is_classification: bool) -> Need:
@@ -218,9 +221,13 @@ def judge_width(
 def bottleneck(name: str, width: int, need: Need, rank: float) -> Finding:
     """The finding that all has to pass a layer of few units, and those are in use."""
     units = "unit" if width == 1 else "units"
-    words = (
-        f"All that the outputs say passes the {width} {units} of {name} (effective rank"
-        f" {number(rank)}); the checklist starts from {need.guideline} for this task."
+    used = "" if math.isnan(rank) else f" (effective rank {number(rank)})"
+    words = f"All that the outputs say passes the {width} {units} of {name}{used}"
+    is_below = width < need.guideline
+    words += (
+        f"; the checklist starts from {need.guideline} for this task."
+        if is_below
+        else ", few for any task."
     )
     if width < need.outputs:
         words += f" The outputs can differ in {need.outputs} directions."
@@ -230,10 +237,12 @@ def bottleneck(name: str, width: int, need: Need, rank: float) -> Finding:
         "info",
         name,
         float(width),
-        float(need.guideline),
+        float(need.guideline if is_below else FEW_UNITS + 1),
         words,
         f"Give {name} more units: {need.guideline} by the checklist's guideline, and"
-        " more do no harm.",
+        " more do no harm."
+        if is_below
+        else f"Give {name} more units, such as {WIDE_UNITS}: more do no harm.",
     )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nnsanity._types import Array, Params
+from nnsanity.tracing.biases import is_bias
 from nnsanity.tracing.layers import Located, Network
 
 RECTIFIERS = ("relu", "relu6", "leaky_relu", "elu", "selu", "gelu", "silu", "softplus")
@@ -56,30 +57,6 @@ def _noise(shapes: Mapping[int, tuple[int, ...]], key: Array) -> dict[int, Array
         drawn = jax.vmap(draw)(keys)
         noise |= zip(alike, drawn, strict=True)
     return noise
-
-
-def is_bias(network: Network, one: Located, leaf: int) -> bool:
-    """Tells whether a leaf is only added to what the layer makes."""
-    steps = [step for stage in one.stages for step in stage.steps]
-    uses = [
-        step
-        for step in steps
-        if any(
-            leaf in network.steps.origins[value].parameters
-            for value in network.steps.weights(step)
-        )
-    ]
-    return bool(uses) and all(step.eqn.primitive.name == "add" for step in uses)
-
-
-def bias_value(network: Network, one: Located) -> int | None:
-    """Finds the value that is added to a layer's sums as its bias."""
-    for step in (step for stage in one.linear_stages for step in stage.steps):
-        for value in network.steps.weights(step):
-            leaves = network.steps.origins[value].parameters - {one.weight}
-            if leaves and all(is_bias(network, one, leaf) for leaf in leaves):
-                return value
-    return None
 
 
 def without_biases(network: Network, params: Params) -> Params:

@@ -11,7 +11,6 @@ import numpy as np
 from nnsanity._tree import described, in_float32, mean_square
 from nnsanity._types import ApplyFn, Array, Params, PyTree
 from nnsanity.quantities.descent import floats_of, with_floats
-from nnsanity.quantities.drawing import bias_value
 from nnsanity.quantities.passage import (
     Look,
     SeenByLook,
@@ -21,6 +20,7 @@ from nnsanity.quantities.passage import (
     seen_forward,
     weight,
 )
+from nnsanity.tracing.biases import bias_value
 from nnsanity.tracing.layers import Located, Network, Uninspected, inspect
 from nnsanity.tracing.tap import Taps, evaluate
 from nnsanity.tracing.widen import part_of

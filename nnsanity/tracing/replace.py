@@ -7,12 +7,13 @@ import jax
 
 from nnsanity._types import Array, Params, PyTree
 from nnsanity.tracing.control import Path
+from nnsanity.tracing.deepen import Deepening
 from nnsanity.tracing.expand import Expansion, expanding_writes
 from nnsanity.tracing.layers import Located, Network, inspect
 from nnsanity.tracing.operations import STRUCTURAL
 from nnsanity.tracing.steps import Site
 from nnsanity.tracing.tap import Taps, evaluate
-from nnsanity.tracing.widen import Widening, wide_writes
+from nnsanity.tracing.widen import Widening
 
 
 class LayerValues(NamedTuple):
@@ -48,7 +49,7 @@ def replaced(
     replacements: Mapping[str, Replacement],
     *,
     penalty_scale: Array | float = 1.0,
-    wider: Widening | None = None,
+    wider: Widening | Deepening | None = None,
     expanded: Expansion | None = None,
 ) -> Callable:
     """Returns a function that runs ``fn`` with other values at some layers.
@@ -62,8 +63,8 @@ def replaced(
             derivative the user wrote.
         penalty_scale: factor of every scalar made from parameters alone that is added
             to the result; 0 leaves out an L2 penalty inside of the loss.
-        wider: a layer that gets more units; the function then takes wide parameters,
-            as ``Widening.padded`` makes them.
+        wider: a layer that gets more units, or a hidden layer beside it; the function
+            then takes wide parameters, as its ``padded`` makes them.
         expanded: a column of the inputs that is fed as several, for whose weights the
             function takes what ``Expansion.padded`` makes.
     """
@@ -93,10 +94,8 @@ def replaced(
                 inline |= _straddled(network, values)
                 _add_writes(write, network, located, replacement)
         if wider is not None and found.keys() >= {part.layer for part in wider.parts}:
-            starts = [found[part.layer].start for part in wider.readers]
-            operand = found[wider.units.layer].operand
-            inline |= _straddled(network, (operand, *starts))
-            for site, function in wide_writes(found, network, wider, added):
+            inline |= _straddled(network, wider.values(found))
+            for site, function in wider.writes(found, network, added):
                 chain(write, site, function)
         for value in penalties(network):
             write[network.site(value)] = lambda penalty: penalty * penalty_scale

@@ -7,7 +7,7 @@ keeps its structure.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from nnsanity._types import Array, Params
 from nnsanity.tracing import compat
+from nnsanity.tracing.biases import is_bias
 from nnsanity.tracing.geometry import weight_geometry
 from nnsanity.tracing.layers import Located, Network
 from nnsanity.tracing.steps import Site, Steps
@@ -62,23 +63,26 @@ class Widening(NamedTuple):
         units: its weight, along the axis of its units.
         readers: the weights of the layers that read it, along the axis of their inputs.
         more: how many units are added.
+        bias: its bias, if it has one that is a parameter of one axis.
     """
 
     units: Part
     readers: tuple[Part, ...]
     more: int
+    bias: Part | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """All parameters that get longer."""
-        return (self.units, *self.readers)
+        bias = () if self.bias is None else (self.bias,)
+        return (self.units, *bias, *self.readers)
 
-    def split(self, params: Params) -> tuple[Params, dict[str, Array]]:
-        """Splits wide parameters into the user's own and what was added, by layer."""
+    def split(self, params: Params) -> tuple[Params, dict[int, Array]]:
+        """Splits wide parameters into the user's own and what was added, by leaf."""
         leaves, structure = jax.tree.flatten(params)
         added = {}
         for part in self.parts:
-            leaves[part.leaf], added[part.layer] = part.split(leaves[part.leaf])
+            leaves[part.leaf], added[part.leaf] = part.split(leaves[part.leaf])
         return jax.tree.unflatten(structure, leaves), added
 
     def padded(self, params: Params, draw: Callable[[Part, tuple], Array]) -> Params:
@@ -93,6 +97,54 @@ class Widening(NamedTuple):
             drawn = functools.partial(draw, part)
             leaves[part.leaf] = part.padded(leaves[part.leaf], self.more, drawn)
         return jax.tree.unflatten(structure, leaves)
+
+    def values(self, found: Mapping[str, Located]) -> tuple[int, ...]:
+        """Returns the values of a program that the added units read and are added to.
+
+        Args:
+            found: the layers of the program by their names in the network alone.
+        """
+        starts = (found[part.layer].start for part in self.readers)
+        return (found[self.units.layer].operand, *starts)
+
+    def writes(
+        self,
+        found: Mapping[str, Located],
+        network: Network,
+        added: Mapping[int, Array],
+    ) -> Iterator[tuple[Site, Callable[[Array], Array]]]:
+        """Yields what makes a program run with the added units.
+
+        Args:
+            found: the layers of the program by their names in the network alone.
+            network: of the program that runs.
+            added: as ``split`` returns.
+        """
+        narrow = found[self.units.layer]
+        entering: dict[str, Array] = {}
+
+        def keep(value: Array) -> Array:
+            entering["value"] = value
+            return value
+
+        def new_units() -> Array:
+            weight = added[self.units.leaf]
+            sums = _added_product(network, narrow, weight, entering["value"])
+            if self.bias is not None:
+                shape = [1] * sums.ndim
+                shape[narrow.axes[0]] = self.more
+                sums += added[self.bias.leaf].reshape(shape).astype(sums.dtype)
+            return nonlinearity(narrow.layer.activation)(sums)
+
+        def add(value: Array, reader: Located, weight: Array) -> Array:
+            more = _added_product(network, reader, weight, new_units())
+            return value + more.astype(value.dtype)
+
+        yield born(network, narrow.operand, self.units.layer), keep
+        for part in self.readers:
+            reader, weight = found[part.layer], added[part.leaf]
+            add_to = functools.partial(add, reader=reader, weight=weight)
+            yield network.site(reader.start), add_to
 
 
 def widening(network: Network, one: Located, *, more: int) -> Widening | None:
@@ -110,7 +162,17 @@ def widening(network: Network, one: Located, *, more: int) -> Widening | None:
     if obstacle(network, one):
         return None
     known = [part for part in _parts(network, one) if part is not None]
-    return Widening(known[0], tuple(known[1:]), more)
+    return Widening(known[0], tuple(known[1:]), more, _bias(network, one))
+
+
+def _bias(network: Network, one: Located) -> Part | None:
+    """Finds a bias of one number for each unit, if no other layer has it."""
+    others = [other.leaves for other in network.layers if other is not one]
+    for leaf in sorted(one.leaves - {one.weight}.union(*others)):
+        shape = network.steps.avals[leaf].shape
+        if is_bias(network, one, leaf) and shape == (one.layer.units,):
+            return Part(one.layer.name, leaf, 0, one.layer.units)
+    return None
 
 
 def obstacle(network: Network, one: Located) -> str:
@@ -184,7 +246,7 @@ def _fits(network: Network, one: Located, readers: list[Located]) -> bool:
         and avals[one.start].shape == shape
         and one.unit_axes == one.axes
         and all(avals[reader.operand].shape == shape for reader in readers)
-        and all(_read_axis(network, reader) == one.axes[0] for reader in readers)
+        and all(read_axis(network, reader) == one.axes[0] for reader in readers)
     )
 
 
@@ -225,7 +287,7 @@ def _side(network: Network, one: Located) -> int:
     return one.step.inputs.index(_weight(network, one))
 
 
-def _read_axis(network: Network, one: Located) -> int | None:
+def read_axis(network: Network, one: Located) -> int | None:
     """Which axis of what enters a layer it sums over, if that is one."""
     eqn, side = one.step.eqn, _side(network, one)
     if one.layer.kind == "conv":
@@ -253,60 +315,24 @@ def _parameter(steps: Steps, value: int) -> tuple[int, list[int]] | None:
     return site.position, order
 
 
-def wide_writes(
-    pairs: dict[str, Located],
-    network: Network,
-    plan: Widening,
-    added: dict[str, Array],
-) -> Iterator[tuple[Site, Callable[[Array], Array]]]:
-    """Yields what makes a program run with the added units.
-
-    Args:
-        pairs: the layers of the program by their names in the network alone.
-        network: of the program that runs.
-        plan: as ``widening`` returns for the network alone.
-        added: as ``Widening.split`` returns.
-    """
-    steps = network.steps
-    narrow = pairs[plan.units.layer]
-    entering: dict[str, Array] = {}
-
-    def keep(value: Array) -> Array:
-        entering["value"] = value
-        return value
-
-    def added_product(one: Located, value: Array) -> Array:
-        weight = added[_name_in(pairs, one)]
-        _, order = _parameter(steps, _weight(network, one)) or (
-            0,
-            [*range(weight.ndim)],
-        )
-        weight = weight.transpose(order).astype(
-            steps.avals[_weight(network, one)].dtype
-        )
-        side = _side(network, one)
-        operands = [value, weight] if side == 1 else [weight, value]
-        return compat.bind(one.step.eqn, operands)[0]
-
-    def new_units() -> Array:
-        function = nonlinearity(narrow.layer.activation)
-        return function(added_product(narrow, entering["value"]))
-
-    operand = steps.sites[narrow.operand]
-    if operand is None:
-        raise ValueError(f"what enters {plan.units.layer} is a constant")
-    yield operand, keep
-    for part in plan.readers:
-        reader = pairs[part.layer]
-
-        def add(value: Array, reader: Located = reader) -> Array:
-            return value + added_product(reader, new_units()).astype(value.dtype)
-
-        yield network.site(reader.start), add
+def born(network: Network, value: int, layer: str) -> Site:
+    """Returns where the value that enters a layer is born."""
+    site = network.steps.sites[value]
+    if site is None:
+        raise ValueError(f"what enters {layer} is a constant")
+    return site
 
 
-def _name_in(pairs: dict[str, Located], one: Located) -> str:
-    return next(name for name, other in pairs.items() if other is one)
+def _added_product(
+    network: Network, one: Located, weight: Array, value: Array
+) -> Array:
+    """Returns what a layer's product makes of a value with another weight."""
+    own = _weight(network, one)
+    _, order = _parameter(network.steps, own) or (0, [*range(weight.ndim)])
+    weight = weight.transpose(order).astype(network.steps.avals[own].dtype)
+    is_second = _side(network, one) == 1
+    operands = [value, weight] if is_second else [weight, value]
+    return compat.bind(one.step.eqn, operands)[0]
 
 
 def nonlinearity(name: str | None) -> Callable[[Array], Array]:

@@ -53,6 +53,7 @@ def judge_angles(problem: Problem, *, key: Array, num_steps: int) -> list[Findin
         float(np.median(encoded)),
         "explained share of the angle",
         num_steps,
+        num_steps,
         NUM_SEEDS,
         float(np.median(gains)),
         MIN_GAIN,

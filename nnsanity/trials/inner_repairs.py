@@ -1,4 +1,4 @@
-"""Repairs inside of a network: of its biases, and of the width of a layer."""
+"""Repairs inside of a network: of its biases, of its width and of its depth."""
 
 import math
 from typing import NamedTuple
@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from nnsanity._types import Array, Params
-from nnsanity.checks import initialization, width
+from nnsanity.checks import depth, initialization, width
 from nnsanity.quantities.drawing import needed_gain, without_biases
+from nnsanity.tracing.deepen import Deepening, deepening
 from nnsanity.tracing.layers import Located
 from nnsanity.tracing.widen import Part, Widening, obstacle, widening
 from nnsanity.trials.copies import Copy
@@ -22,7 +23,11 @@ def inner_repairs(problem: Problem) -> tuple[Repair, ...]:
     """Lists what can be repaired inside of a problem's network."""
     if not problem.network.layers:
         return ()
-    return (*_bias_repairs(problem), *_width_repairs(problem))
+    return (
+        *_bias_repairs(problem),
+        *_width_repairs(problem),
+        *_depth_repairs(problem),
+    )
 
 
 def _bias_repairs(problem: Problem) -> tuple[Repair, ...]:
@@ -100,6 +105,28 @@ def _width_repairs(problem: Problem) -> tuple[Repair, ...]:
     )
 
 
+def _depth_repairs(problem: Problem) -> tuple[Repair, ...]:
+    """Puts a hidden layer beside the only one."""
+    plan = deepening(problem.network, more=width.WIDE_UNITS)
+    if plan is None or problem.kind is None:
+        return ()
+
+    def deepen(copy: Copy, key: Array) -> Copy:
+        return copy._replace(params=_drawn(problem, plan, copy, key))
+
+    return (
+        Repair(
+            f"a hidden layer of {plan.more} ReLU units beside {plan.units.layer}",
+            "hidden",
+            deepen,
+            (),
+            depth.too_shallow(plan.units.layer),
+            rewrite=lambda one: one._replace(wider=plan),
+            is_free=True,
+        ),
+    )
+
+
 def not_widened(problem: Problem) -> dict[str, str]:
     """Says which narrow layers have no wider copy, and why."""
     found = _narrow(problem)
@@ -114,15 +141,23 @@ def not_widened(problem: Problem) -> dict[str, str]:
     return {what: reason for what, reason in told.items() if reason}
 
 
-def _drawn(problem: Problem, plan: Widening, copy: Copy, key: Array) -> Params:
+def _drawn(
+    problem: Problem, plan: Widening | Deepening, copy: Copy, key: Array
+) -> Params:
     """Draws the weights of the new units, of the size that a wide layer needs."""
     layers = {one.layer.name: one for one in problem.network.layers}
 
     def draw(part: Part, shape: tuple[int, ...]) -> Array:
+        if isinstance(plan, Widening) and part is plan.bias:
+            return jnp.zeros(shape)
         one = layers[part.layer]
-        more = 0 if part is plan.units else plan.more
-        scale = needed_gain(one) / math.sqrt(_fan_in(one) + more * _window(one, part))
-        own_key = jax.random.fold_in(key, part.leaf)
+        is_new = part is plan.units
+        more = 0 if is_new else plan.more
+        gain = needed_gain(one)
+        if is_new and isinstance(plan, Deepening):
+            gain = math.sqrt(2.0)
+        scale = gain / math.sqrt(_fan_in(one) + more * _window(one, part))
+        own_key = jax.random.fold_in(jax.random.fold_in(key, part.leaf), part.axis)
         return scale * jax.random.normal(own_key, shape, jnp.float32)
 
     return plan.padded(copy.params, draw)

@@ -25,16 +25,18 @@ from nnsanity.trials.arms import (
 )
 from nnsanity.trials.copies import Copy
 from nnsanity.trials.every_repair import combinations, every_repair
+from nnsanity.trials.length_repairs import LEARNED_LITTLE, length_repairs
 from nnsanity.trials.levels import (
     LEARNED,
     curve_of,
     grain_of,
     is_lost,
+    is_on_its_way,
     last,
     level_of,
 )
 from nnsanity.trials.problem import Problem
-from nnsanity.trials.ranking import ranked
+from nnsanity.trials.ranking import best_of_groups, ranked
 from nnsanity.trials.repairs import Repair
 from nnsanity.trials.seeds import keys_of
 from nnsanity.trials.trial import (
@@ -176,14 +178,16 @@ def intervene(
         every_repair(problem, suspected=suspected, skipped=failed),
         key=lambda one: not (one.is_suspected or set(one.rules) & set(suspected)),
     )
+    if original.level < LEARNED_LITTLE and is_on_its_way(outcomes[0]):
+        repairs += length_repairs(problem)
     arms, left_out = _try_singles(lab, original, repairs)
     best = max(0.0, original.level, *(arm.level for arm in arms))
-    singles = _best_of_groups(original, arms, best)
+    singles = best_of_groups(original, arms, best)
     reached = max((arm.level for arm in singles), default=original.level)
     joint: list[tuple[Arm, Arm]] = []
     if reached < LEARNED - MIN_GAIN:
         joint, best = _joint_causes(lab, original, repairs, reached, best)
-        singles = _best_of_groups(original, arms, best)
+        singles = best_of_groups(original, arms, best)
     pairs = joint or [(original, arm) for arm in singles]
     causes = ranked(problem, original, pairs, suspected, best)
     tried = [(arm, helps(original, arm, best=best)) for arm in arms]
@@ -288,18 +292,28 @@ def _try_singles(
     """
     tried: list[Arm] = []
     left_out: list[Repair] = []
+    took: list[float] = []
     for repair in repairs:
         if not _is_next(original, repair, tried):
             continue
-        if time.monotonic() > lab.deadline:
+        began = time.monotonic()
+        more = _times_as_long(lab.problem, repair) - 1
+        if began + more * min(took, default=0.0) > lab.deadline:
             left_out.append(repair)
             continue
         arm = _train(lab, (repair,), FIRST_SEED)
+        took.append(time.monotonic() - began)
         lab.progress(f"{repair.name}: {original.level:.2f} -> {arm.level:.2f}")
         if gain_of(original, arm) >= needed_gain(original, best=0.0):
             arm = joined(arm, _train(lab, (repair,), OTHER_SEEDS))
         tried.append(arm)
     return tried, left_out
+
+
+def _times_as_long(problem: Problem, repair: Repair) -> float:
+    """Returns how long a repaired copy trains, in units of the original."""
+    repaired = problem if repair.rewrite is None else repair.rewrite(problem)
+    return max(repaired.num_steps / problem.num_steps, 1.0)
 
 
 def _is_next(original: Arm, repair: Repair, tried: Sequence[Arm]) -> bool:
@@ -308,23 +322,6 @@ def _is_next(original: Arm, repair: Repair, tried: Sequence[Arm]) -> bool:
         return True
     levels = [arm.level for arm in tried if arm.repairs[0].name == repair.follows]
     return any(original.level <= level < LEARNED for level in levels)
-
-
-def _best_of_groups(original: Arm, arms: Iterable[Arm], best: float) -> list[Arm]:
-    """Returns the arms that helped, the best of each group.
-
-    A loss and a last activation that do not fit each other are one fault.
-    """
-    chosen: dict[str, Arm] = {}
-    for arm in arms:
-        (repair,) = arm.repairs
-        group = "head" if repair.group == "loss" else repair.group
-        margin = 0.02 if repair.follows is None else MIN_GAIN
-        rival = chosen.get(group)
-        is_better = rival is None or arm.level > rival.level + margin
-        if is_better and helps(original, arm, best=best):
-            chosen[group] = arm
-    return list(chosen.values())
 
 
 def _joint_causes(

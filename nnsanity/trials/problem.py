@@ -17,6 +17,7 @@ from nnsanity._tree import (
 )
 from nnsanity._types import ApplyFn, Array, LossFn, Params, PyTree, TrainLossFn
 from nnsanity.quantities.targets import kind_of_targets
+from nnsanity.tracing.deepen import Deepening
 from nnsanity.tracing.expand import Expansion
 from nnsanity.tracing.layers import Located, Network, inspect
 from nnsanity.tracing.replace import output_layer
@@ -62,7 +63,8 @@ class Problem(NamedTuple):
         groups: the group of each input feature, or None.
         given: how many examples the user has, and in one step.
         target_range: of the targets without a few that look like slips, or None.
-        wider: a layer that copies have more units of, or None.
+        wider: a layer that copies have more units of, or one beside which they have a
+            hidden layer; or None.
         expanded: a column of the inputs that copies feed as several, or None.
         usual_loss: whether copies train on the loss that such targets usually go with.
     """
@@ -84,7 +86,7 @@ class Problem(NamedTuple):
     groups: tuple[int, ...] | None
     given: Given
     target_range: InnerRange | None = None
-    wider: Widening | None = None
+    wider: Widening | Deepening | None = None
     expanded: Expansion | None = None
     usual_loss: bool = False
 

@@ -1,9 +1,9 @@
 """Words what repairs changed as causes, and orders them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from nnsanity.findings import Effect, Finding, caused
-from nnsanity.trials.arms import Arm, gain_of, needed_gain
+from nnsanity.trials.arms import MIN_GAIN, Arm, gain_of, helps, needed_gain
 from nnsanity.trials.levels import FAILED, unit_of
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.repairs import Repair
@@ -11,6 +11,23 @@ from nnsanity.trials.repairs import Repair
 SUSPICION_BONUS = 0.15
 """What a suspicion adds to the gain of its repair, as a share of the best quality."""
 MAX_CAUSES = 3
+SAME_FAULT = {"loss": "head", "length": "rate"}
+"""Groups whose repairs are of one fault: a loss and a last activation that do not fit
+each other, a rate and a training that is too short for it."""
+
+
+def best_of_groups(original: Arm, arms: Iterable[Arm], best: float) -> list[Arm]:
+    """Returns the arms that helped, the best of each group or fault."""
+    chosen: dict[str, Arm] = {}
+    for arm in arms:
+        (repair,) = arm.repairs
+        group = SAME_FAULT.get(repair.group, repair.group)
+        margin = 0.02 if repair.follows is None else MIN_GAIN
+        rival = chosen.get(group)
+        is_better = rival is None or arm.level > rival.level + margin
+        if is_better and helps(original, arm, best=best):
+            chosen[group] = arm
+    return list(chosen.values())
 
 
 def ranked(
@@ -64,6 +81,7 @@ def _effect(problem: Problem, before: Arm, after: Arm, best: float) -> Effect:
         to_unit(after.level),
         measure,
         after.num_steps,
+        before.num_steps,
         min(len(before.levels), len(after.levels)),
         gain_of(before, after),
         needed_gain(before, after, best=best),

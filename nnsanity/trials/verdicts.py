@@ -24,7 +24,7 @@ from nnsanity.trials.angles import judge_angles
 from nnsanity.trials.by_heart import judge_by_heart, judge_outputs
 from nnsanity.trials.inside import measure_network
 from nnsanity.trials.interventions import Diagnosis
-from nnsanity.trials.levels import FAILED, LEARNED, is_on_its_way
+from nnsanity.trials.levels import FAILED, LEARNED, is_on_its_way, last
 from nnsanity.trials.measure import data_loss, few_examples, perfect_loss, some_examples
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.trial import Outcome
@@ -69,8 +69,8 @@ def judge_outcomes(
     if level <= FAILED:
         found += _wrong_loss(problem, diagnosis)
     known = (*findings, *diagnosis.causes)
-    if level <= FAILED and not _has_alarm((*known, *found)):
-        found += _shuffled(problem, measured)
+    if _is_blind(diagnosis) and not _has_alarm((*known, *found)):
+        found += _shuffled(problem, diagnosis, measured)
     if level <= FAILED and not _has_alarm((*known, *found)):
         found += _unexplained(problem, diagnosis, measurements["constant_loss"])
         found += judge_by_heart(problem, found, measured)
@@ -198,9 +198,20 @@ def _seams(
     return (*judge_angles(problem, key=key, num_steps=diagnosis.num_steps), *found)
 
 
-def _shuffled(problem: Problem, measured: dict) -> tuple[Finding, ...]:
+def _is_blind(diagnosis: Diagnosis) -> bool:
+    """Tells whether a network learns nothing, or by heart alone."""
+    held_out = [last(one.quality) for one in diagnosis.outcomes]
+    return diagnosis.level <= FAILED or float(np.median(held_out)) <= FAILED
+
+
+def _shuffled(
+    problem: Problem, diagnosis: Diagnosis, measured: dict
+) -> tuple[Finding, ...]:
     near = _near(problem, measured)
-    return () if near is None else results.judge_neighbors(near)
+    if near is None:
+        return ()
+    severity = "error" if diagnosis.level <= FAILED else "warning"
+    return results.judge_neighbors(near, severity=severity)
 
 
 def _unexplained(

@@ -105,7 +105,8 @@ def checkup(
             trained, and suspicions stay suspicions.
         batch_size: examples in one of your steps; all of them where there are fewer
             than 32.
-        num_steps: how many steps you train for; the trial never runs longer.
+        num_steps: how many steps you train for; the trial never runs longer, only a
+            copy where training for longer is the repair.
         train_loss_fn: ``train_loss_fn(params, batch, key) -> scalar`` with dropout on.
         validation: held-out ``(inputs, targets)``, prepared as you prepare them.
         groups: one number for each input feature; features of one group share their

@@ -120,6 +120,12 @@ RESULTS = (
     changed("shuffled labels", (2, 3), IMAGES, data=to(digit_images, shuffled)),
     changed("shuffled targets", (2, 3), SURFACE, data=to(surface, shuffled)),
     changed(
+        "shuffled labels, half of them learned by heart",
+        (2, 3),
+        WINE,
+        data=to(lambda: table("wine"), shuffled),
+    ),
+    changed(
         "sign flipped",
         (2, 7),
         TOKENS,

@@ -27,6 +27,7 @@ from tasks import (
     SPIRALS,
     SURFACE,
     TOKENS,
+    WAVE,
     changed,
     digit_images,
     surface,
@@ -196,6 +197,7 @@ DEPTH = (
         SURFACE,
         network=mlp(64, 32, 1, hidden=lambda x: x, init=glorot),
     ),
+    changed("one layer", (10, 11), SPIRALS, network=mlp(1, init=glorot)),
 )
 
 WIDTH = (
@@ -213,6 +215,7 @@ WIDTH = (
     ),
     changed("two hidden units", (11,), SPIRALS, network=mlp(2, 1, hidden=tanh)),
     changed("one hidden unit", (11,), SURFACE, network=mlp(1, 1, hidden=tanh)),
+    changed("two units for a wave", (11,), WAVE, network=mlp(2, 1, hidden=tanh)),
     changed(
         "a CNN with one unit before its classes",
         (11,),

@@ -12,6 +12,7 @@ from tasks import (
     ROWS,
     SURFACE,
     TOKENS,
+    WAVE,
     WINE,
     changed,
 )
@@ -84,6 +85,7 @@ LEARNING_RATE = (
         CANCER,
         optimizer=optax.chain(optax.clip_by_global_norm(1e-4), optax.sgd(0.1)),
     ),
+    changed("a training of 30 steps", (6,), WAVE, num_steps=30),
     changed("rate of 1e-6 on noisy targets", (6,), DIABETES, optimizer=optax.sgd(1e-6)),
     changed("rate of 1e-5 on flipped labels", (6,), FLIPPED, optimizer=optax.sgd(1e-5)),
 )

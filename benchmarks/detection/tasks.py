@@ -78,6 +78,13 @@ def flipped(inputs, labels):
 
 
 @functools.cache
+def wave(num_examples=400):
+    """A sine of one number, two periods."""
+    x = np.linspace(-2, 2, num_examples)[:, None]
+    return x, np.sin(np.pi * x)
+
+
+@functools.cache
 def spirals(num_examples=1000):
     """Two spirals, one turn each."""
     random = np.random.RandomState(1)
@@ -98,6 +105,9 @@ NNX_DIGITS = Program(digits, nnx_mlp(64, 10), cross_entropy, optax.sgd(0.1, 0.9)
 SURFACE = Program(
     surface, mlp(64, 64, 1, hidden=tanh, init=glorot), squared_error, optax.adam(5e-3)
 ).but(num_steps=800)
+WAVE = Program(
+    wave, mlp(64, 32, 1, hidden=tanh, init=glorot), squared_error, optax.adam(1e-2)
+).but(num_steps=1500)
 SPIRALS = Program(
     spirals,
     mlp(32, 32, 1, hidden=tanh, init=glorot),
@@ -153,6 +163,7 @@ HEALTHY = {
     "digits, attention": TOKENS,
     "digits, NNX": NNX_DIGITS,
     "surface": SURFACE,
+    "wave": WAVE,
     "spirals": SPIRALS,
     "wine": WINE,
     "breast cancer": CANCER,
@@ -201,6 +212,8 @@ HEALTHY = {
         network=mlp(32, 2, hidden=relu),
         loss=lambda logits, rows: optax.softmax_cross_entropy(logits, rows).mean(),
     ),
+    "one layer is enough": CANCER.but(network=mlp(1)),
+    "three hidden units": WINE.but(network=mlp(3, 3)),
     "every seventh label flipped": FLIPPED,
     "two hidden layers on diabetes": DIABETES.but(
         network=mlp(64, 32, 1), optimizer=optax.adam(1e-3)

@@ -130,9 +130,10 @@ class Widening(NamedTuple):
         def new_units() -> Array:
             weight = added[self.units.leaf]
             sums = _added_product(network, narrow, weight, entering["value"])
+            sums = sums.T if _is_turned(narrow) else sums
             if self.bias is not None:
                 shape = [1] * sums.ndim
-                shape[narrow.axes[0]] = self.more
+                shape[narrow.unit_axes[0]] = self.more
                 sums += added[self.bias.leaf].reshape(shape).astype(sums.dtype)
             return nonlinearity(narrow.layer.activation)(sums)
 
@@ -239,15 +240,20 @@ def _comes_from(network: Network, values: list[int], one: Located) -> bool:
 
 def _fits(network: Network, one: Located, readers: list[Located]) -> bool:
     avals = network.steps.avals
-    shape = avals[one.after].shape
+    shape, start = avals[one.after].shape, avals[one.start].shape
     return (
-        len(one.unit_axes) == 1
+        len(one.unit_axes) == len(one.axes) == 1
         and shape[one.unit_axes[0]] == one.layer.units
-        and avals[one.start].shape == shape
-        and one.unit_axes == one.axes
+        and start == (shape[::-1] if _is_turned(one) else shape)
+        and not (_is_turned(one) and len(shape) != 2)
         and all(avals[reader.operand].shape == shape for reader in readers)
-        and all(read_axis(network, reader) == one.axes[0] for reader in readers)
+        and all(read_axis(network, reader) == one.unit_axes[0] for reader in readers)
     )
+
+
+def _is_turned(one: Located) -> bool:
+    """Tells whether what a layer makes is transposed, as under ``vmap``."""
+    return one.axes != one.unit_axes
 
 
 def part_of(network: Network, one: Located, *, of_units: bool) -> Part | None:

@@ -1,3 +1,5 @@
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,13 @@ import optax
 import pytest
 
 import nnsanity as ns
-from nnsanity.checks.width import Need, judge_width, needed_units, width_profile
+from nnsanity.checks.width import (
+    Need,
+    bottleneck,
+    judge_width,
+    needed_units,
+    width_profile,
+)
 from nnsanity.trials.inner_repairs import not_widened
 from nnsanity.trials.problem import checked_problem
 
@@ -153,8 +161,9 @@ NEED = Need(9, 50)
         (13, {}, NEED, ["guideline"]),
         (50, {}, NEED, []),
         (2, {}, Need(1, 10), ["bottleneck"]),
-        (3, {}, Need(1, 10), ["guideline"]),
-        (1, {}, Need(1, 2), ["guideline"]),
+        (4, {}, Need(1, 2), ["bottleneck"]),  # few for any task
+        (5, {}, Need(1, 10), ["guideline"]),
+        (5, {}, Need(1, 2), []),
         (1, {}, None, []),
         (1, {"dead": [0]}, NEED, ["guideline"]),
         (50, {"twins": [(i, i + 25, 1) for i in range(25)]}, NEED, ["redundant"]),
@@ -167,6 +176,18 @@ def test_judge_width(num_units, options, need, rules):
     assert [one.rule for one in found] == [f"width/{rule}" for rule in rules]
     assert {one.severity for one in found} <= {"info"}
     assert all(one.where == "w" and one.item == 11 for one in found)
+
+
+def test_few_units_are_not_measured_by_a_guideline_below_them():
+    (found,) = judge_width(
+        width_profile(tanh_layer, weights(2), INPUTS), Need(1, 2), {"w": 2}
+    )
+    assert "few for any task" in found.message
+    assert (found.measured, found.limit) == (2, 5)
+    assert "such as 64" in found.advice
+    by_guideline = bottleneck("w", 2, NEED, math.nan)
+    assert "of w; the checklist starts from 50" in by_guideline.message
+    assert by_guideline.limit == 50
 
 
 DATA = RNG.normal(size=(300, 6)).astype(np.float32)

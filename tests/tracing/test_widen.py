@@ -40,12 +40,22 @@ def transposed(p, x):
     return x @ p["w3"].T + p["b3"]
 
 
+def biased(p, x):
+    x = jnp.tanh(x @ p["w1"] + p["b1"])
+    x = jax.nn.relu(x @ p["w2"] + p["b2"])
+    return x @ p["w3"] + p["b3"]
+
+
 def vector(p, x):
-    one = lambda x: p["w3"] @ jax.nn.relu(p["w2"] @ jnp.tanh(p["w1"] @ x))  # noqa: E731
+    def one(x):
+        x = jnp.tanh(p["w1"] @ x + p["b1"])
+        return p["w3"] @ jax.nn.relu(p["w2"] @ x + p["b2"])
+
     return jax.vmap(one)(x) + p["b3"]
 
 
 TRANSPOSED = {k: v.T if v.ndim == 2 else v for k, v in PARAMS.items()}
+BIASED = {"b2": normal(2)}
 
 
 def in_calls(p, x):
@@ -75,7 +85,8 @@ def rows_of(part, shape):
 DENSE = {
     "plain": (mlp, PARAMS),
     "transposed": (transposed, TRANSPOSED),
-    "vmap": (vector, TRANSPOSED),
+    "vmap": (vector, TRANSPOSED | BIASED),
+    "with a bias": (biased, PARAMS | BIASED),
     "in calls": (in_calls, PARAMS),
     "half in a checkpoint": (rewritten_halves, PARAMS),
 }
@@ -89,7 +100,9 @@ def test_a_dense_layer_gets_more_units(name):
     wide = plan.padded(params, rows_of)
     given, added = plan.split(wide)
     jax.tree.map(np.testing.assert_array_equal, given, params)
-    assert added.keys() == {"w2", "w3"}
+    names = sorted(params)  # the order of the leaves
+    longer = {names.index(name) for name in ("b2", "w2", "w3") if name in names}
+    assert added.keys() == longer
 
     def squares(function, params):
         return jnp.mean(function(params, X) ** 2)
@@ -109,10 +122,8 @@ def test_a_convolution_gets_more_channels():
     network = inspect(Conv().apply, params, IMAGES)
     plan = widening(network, network.layers[1], more=3)
     wide = plan.padded(params, rows_of)
-    bias = wide["params"]["Conv_1"]["bias"]
-    by_hand = jax.tree.map(lambda leaf: leaf, wide)
-    by_hand["params"]["Conv_1"]["bias"] = jnp.concatenate([bias, jnp.zeros(3)])
-    expected = Conv(width=5).apply(by_hand, IMAGES)
+    assert wide["params"]["Conv_1"]["bias"].shape == (5,)
+    expected = Conv(width=5).apply(wide, IMAGES)
     found = replaced(Conv().apply, network, {}, wider=plan)(wide, IMAGES)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -188,6 +199,16 @@ def test_the_way_around_a_loop_is_no_way_to_read_a_layer():
 def test_what_can_be_widened_has_no_obstacle():
     network = inspect(mlp, PARAMS, X)
     assert [bool(obstacle(network, one)) for one in network.layers] == [0, 0, 1]
+
+
+def test_a_bias_that_layers_share_is_not_made_longer():
+    def shared(p, x):
+        x = jnp.tanh(x @ p["w1"] + p["b"])
+        return jnp.tanh(x @ p["w2"] + p["b"]) @ p["w3"]
+
+    params = {"b": normal(2), "w1": normal(5, 2), "w2": normal(2, 2), "w3": normal(2, 3)}
+    network = inspect(shared, params, X)
+    assert widening(network, network.layers[1], more=7).bias is None
 
 
 def test_nonlinearities_by_name():

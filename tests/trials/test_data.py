@@ -141,6 +141,16 @@ def test_shuffled_targets():
     assert loud(report) == ["results/uninformative-targets"]
 
 
+@pytest.mark.slow
+def test_labels_that_are_learned_by_heart_alone():
+    few, labels = INPUTS[:150], np.digitize(NUMBERS[:150, 0], [-0.5, 0.5])
+    report = checkup(few, RNG.permutation(labels).astype(np.int32), num_steps=1000)
+    (found,) = (one for one in report.findings if one.severity != "info")
+    assert found.rule == "results/uninformative-targets"
+    assert found.severity == "warning"  # something was learned
+    assert loud(checkup(few, labels.astype(np.int32), num_steps=1000)) == []
+
+
 ANGLES = RNG.uniform(0, 2 * np.pi, 500)
 AHEAD = np.stack([np.cos(ANGLES), np.sin(ANGLES), RNG.normal(size=500)], axis=1)
 AHEAD = AHEAD.astype(np.float32)

@@ -206,7 +206,12 @@ def test_a_bias_that_layers_share_is_not_made_longer():
         x = jnp.tanh(x @ p["w1"] + p["b"])
         return jnp.tanh(x @ p["w2"] + p["b"]) @ p["w3"]
 
-    params = {"b": normal(2), "w1": normal(5, 2), "w2": normal(2, 2), "w3": normal(2, 3)}
+    params = {
+        "b": normal(2),
+        "w1": normal(5, 2),
+        "w2": normal(2, 2),
+        "w3": normal(2, 3),
+    }
     network = inspect(shared, params, X)
     assert widening(network, network.layers[1], more=7).bias is None
 

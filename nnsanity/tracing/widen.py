@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nnsanity._types import Array, Params
 from nnsanity.tracing import compat
@@ -148,7 +149,9 @@ class Widening(NamedTuple):
             yield network.site(reader.start), add_to
 
 
-def widening(network: Network, one: Located, *, more: int) -> Widening | None:
+def widening(
+    network: Network, one: Located, *, more: int, last: Located | None = None
+) -> Widening | None:
     """Plans to widen a layer; None where its weights can't be made longer.
 
     That takes a weight that is a parameter as it stands, or transposed, no loop around
@@ -159,10 +162,13 @@ def widening(network: Network, one: Located, *, more: int) -> Widening | None:
         network: of ``apply_fn``.
         one: the layer.
         more: how many units to add.
+        last: the last of several layers in a row, of which ``one`` is the first: the
+            new units stand beside them all, and what reads the last reads them.
     """
-    if obstacle(network, one):
+    last = last or one
+    if obstacle(network, one, last):
         return None
-    known = [part for part in _parts(network, one) if part is not None]
+    known = [part for part in _parts(network, one, last) if part is not None]
     return Widening(known[0], tuple(known[1:]), more, _bias(network, one))
 
 
@@ -176,14 +182,15 @@ def _bias(network: Network, one: Located) -> Part | None:
     return None
 
 
-def obstacle(network: Network, one: Located) -> str:
-    """Says why a layer can't be made wider; empty where it can."""
-    readers = list(_readers(network, one))
-    if any(each.around for each in (one, *readers)) or _enters_loop(network, one):
+def obstacle(network: Network, one: Located, last: Located | None = None) -> str:
+    """Says why layers as in ``widening`` can't be made wider; empty where they can."""
+    last = last or one
+    read_by = list(readers(network, last))
+    if any(each.around for each in (one, *read_by)) or _enters_loop(network, last):
         return "it, or a layer that reads it, lies inside of a loop"
-    if not readers:
+    if not read_by:
         return "no layer reads what it makes"
-    parts = _parts(network, one)
+    parts = _parts(network, one, last)
     leaves = [part.leaf for part in parts if part is not None]
     if len(leaves) < len(parts):
         return (
@@ -192,20 +199,18 @@ def obstacle(network: Network, one: Located) -> str:
         )
     if len(set(leaves)) < len(leaves):
         return "its weight and that of a layer that reads it are one parameter"
-    if not _fits(network, one, readers):
+    if not _fits(network, one, last, read_by):
         return "what it makes changes its shape before the next layer reads it"
     return ""
 
 
-def _parts(network: Network, one: Located) -> list[Part | None]:
+def _parts(network: Network, one: Located, last: Located) -> list[Part | None]:
     """Returns what has to be longer, None where that can't be."""
-    readers = (
-        part_of(network, each, of_units=False) for each in _readers(network, one)
-    )
-    return [part_of(network, one, of_units=True), *readers]
+    read = [part_of(network, each, of_units=False) for each in readers(network, last)]
+    return [part_of(network, one, of_units=True), *read]
 
 
-def _readers(network: Network, one: Located) -> Iterator[Located]:
+def readers(network: Network, one: Located) -> Iterator[Located]:
     """Yields the layers that read what a layer makes, before any other layer does."""
     for reader in network.layers:
         if _comes_from(network, [reader.operand], one):
@@ -238,16 +243,24 @@ def _comes_from(network: Network, values: list[int], one: Located) -> bool:
     return False
 
 
-def _fits(network: Network, one: Located, readers: list[Located]) -> bool:
+def _fits(
+    network: Network, one: Located, last: Located, read_by: list[Located]
+) -> bool:
     avals = network.steps.avals
-    shape, start = avals[one.after].shape, avals[one.start].shape
+    start, own, shape = (
+        avals[value].shape for value in (one.start, one.after, last.after)
+    )
+    if not len(one.axes) == len(one.unit_axes) == len(last.unit_axes) == 1:
+        return False
+    (axis,) = one.unit_axes
+    rows, last_rows = (tuple(np.delete(one_shape, axis)) for one_shape in (own, shape))
     return (
-        len(one.unit_axes) == len(one.axes) == 1
-        and shape[one.unit_axes[0]] == one.layer.units
-        and start == (shape[::-1] if _is_turned(one) else shape)
-        and not (_is_turned(one) and len(shape) != 2)
-        and all(avals[reader.operand].shape == shape for reader in readers)
-        and all(read_axis(network, reader) == one.unit_axes[0] for reader in readers)
+        own[axis] == one.layer.units
+        and start == (own[::-1] if _is_turned(one) else own)
+        and not (_is_turned(one) and len(own) != 2)
+        and (last.unit_axes, last_rows) == (one.unit_axes, rows)
+        and all(avals[reader.operand].shape == shape for reader in read_by)
+        and all(read_axis(network, reader) == axis for reader in read_by)
     )
 
 

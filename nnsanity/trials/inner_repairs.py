@@ -1,6 +1,7 @@
 """Repairs inside of a network: of its biases, of its width and of its depth."""
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 
 from nnsanity._types import Array, Params
 from nnsanity.checks import depth, initialization, width
+from nnsanity.findings import listed
 from nnsanity.quantities.drawing import needed_gain, without_biases
 from nnsanity.tracing.deepen import Deepening, deepening
-from nnsanity.tracing.layers import Located
-from nnsanity.tracing.widen import Part, Widening, obstacle, widening
+from nnsanity.tracing.layers import Located, Network
+from nnsanity.tracing.widen import Part, Widening, obstacle, readers, widening
 from nnsanity.trials.copies import Copy
 from nnsanity.trials.inside import measure_network, need_of, waists
 from nnsanity.trials.measure import some_examples
@@ -58,12 +60,17 @@ class _Narrow(NamedTuple):
     Attributes:
         need: of the task.
         widths: by layer.
-        narrowest: of these.
+        row: the narrowest, with those of them that stand directly before and behind it.
     """
 
     need: width.Need
     widths: dict[str, int]
-    narrowest: Located
+    row: tuple[Located, ...]
+
+    @property
+    def narrowest(self) -> Located:
+        """The layer of the fewest units."""
+        return min(self.row, key=lambda one: self.widths[one.layer.name])
 
 
 def _narrow(problem: Problem) -> _Narrow | None:
@@ -75,31 +82,67 @@ def _narrow(problem: Problem) -> _Narrow | None:
     if not widths:
         return None
     name = min(widths, key=lambda one: widths[one])
-    layers = {one.layer.name: one for one in problem.network.layers}
-    return _Narrow(need, widths, layers[name])
+    return _Narrow(need, widths, _row(problem.network, widths.keys(), name))
+
+
+def _row(network: Network, narrow: Collection[str], name: str) -> tuple[Located, ...]:
+    """Returns the narrow layers in a row that a layer is one of, in order."""
+    chosen = [one for one in network.layers if one.layer.name in narrow]
+    behind = {
+        one.layer.name: read_by[0].layer.name
+        for one in chosen
+        if len(read_by := [*readers(network, one)]) == 1
+    }
+    row = {name}
+    for one in chosen:  # in the order of execution
+        if behind.get(one.layer.name) in narrow and one.layer.name in row:
+            row.add(behind[one.layer.name])
+    for one in reversed(chosen):
+        if behind.get(one.layer.name) in row:
+            row.add(one.layer.name)
+    return tuple(one for one in chosen if one.layer.name in row)
+
+
+def _widened(
+    problem: Problem, found: _Narrow
+) -> tuple[Widening | None, tuple[Located, ...]]:
+    """Plans more units beside all narrow layers in a row, or for the narrowest alone.
+
+    Returns:
+        The plan, None where neither can be; and the layers that it is for.
+    """
+    units = max(found.need.guideline, width.WIDE_UNITS)
+    row, one = found.row, found.narrowest
+    if len(row) > 1:
+        plan = widening(problem.network, row[0], more=units, last=row[-1])
+        if plan is not None:
+            return plan, row
+    return widening(problem.network, one, more=units - one.layer.units), (one,)
 
 
 def _width_repairs(problem: Problem) -> tuple[Repair, ...]:
-    """Widens the narrowest layer that all has to pass, if the outputs need more."""
+    """Widens the narrowest layers that all has to pass, if the outputs need more."""
     found = _narrow(problem)
     if found is None:
         return ()
-    one, name = found.narrowest, found.narrowest.layer.name
-    units = max(found.need.guideline, width.WIDE_UNITS)
-    plan = widening(problem.network, one, more=units - one.layer.units)
+    plan, wide = _widened(problem, found)
     if plan is None:
         return ()
 
     def widen(copy: Copy, key: Array) -> Copy:
         return copy._replace(params=_drawn(problem, plan, copy, key))
 
+    narrowest = found.narrowest.layer.name
+    names = listed(one.layer.name for one in wide)
     return (
         Repair(
-            f"giving {name} {plan.more} more units",
+            f"giving {names} {plan.more} more units"
+            if len(wide) == 1
+            else f"a layer of {plan.more} units beside {names}",
             "hidden",
             widen,
             ("width/bottleneck",),
-            width.bottleneck(name, found.widths[name], found.need, math.nan),
+            width.bottleneck(narrowest, found.widths[narrowest], found.need, math.nan),
             rewrite=lambda one: one._replace(wider=plan),
         ),
     )
@@ -132,13 +175,13 @@ def not_widened(problem: Problem) -> dict[str, str]:
     found = _narrow(problem)
     if found is None:
         return {}
-    name = found.narrowest.layer.name
-    told = {f"more units for {name}": obstacle(problem.network, found.narrowest)}
-    for other in found.widths.keys() - {name}:
-        told[f"more units for {other}"] = (
-            f"only {name}, the narrowest layer, is made wider"
-        )
-    return {what: reason for what, reason in told.items() if reason}
+    plan, wide = _widened(problem, found)
+    names = [one.layer.name for one in wide]
+    reason = f"only {listed(names)}, the narrowest, is made wider"
+    told = {name: reason for name in found.widths if name not in names}
+    if plan is None:
+        told[names[0]] = obstacle(problem.network, wide[0])
+    return {f"more units for {name}": why for name, why in told.items()}
 
 
 def _drawn(

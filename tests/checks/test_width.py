@@ -236,6 +236,23 @@ def test_a_waist_of_one_unit_leads_and_a_wider_one_is_silent(width, rules):
         assert "more units takes the accuracy after" in one.message
 
 
+@pytest.mark.slow
+def test_narrow_layers_in_a_row_are_widened_together():
+    report = ns.checkup(
+        mlp,
+        cross_entropy,
+        mlp_params(6, 1, 1, 6),
+        (DATA, LABELS),
+        key=jax.random.key(1),
+        optimizer=optax.adam(0.01),
+        num_steps=300,
+    )
+    first = report.findings[0]
+    assert first.rule == "width/bottleneck"
+    assert "A layer of 64 units beside w1, w2 takes the accuracy" in first.message
+    assert not any(name.startswith("more units") for name in report.skipped)
+
+
 def test_narrow_layers_without_a_wider_copy_are_told():
     def looped(params, x):
         x = jnp.tanh(x @ params["w1"])
@@ -266,4 +283,4 @@ def test_narrow_layers_without_a_wider_copy_are_told():
     )
     told = not_widened(problem)
     assert "inside of a loop" in told["more units for w1"]
-    assert told["more units for w3"] == "only w1, the narrowest layer, is made wider"
+    assert told["more units for w3"] == "only w1, the narrowest, is made wider"

@@ -117,6 +117,23 @@ def test_a_dense_layer_gets_more_units(name):
     )
 
 
+@pytest.mark.parametrize("name", ["plain", "transposed", "vmap", "with a bias"])
+def test_units_beside_two_layers_in_a_row(name):
+    apply_fn, params = DENSE[name]
+    network = inspect(apply_fn, params, X)
+    first, second, _ = network.layers
+    plan = widening(network, first, more=7, last=second)
+    wide = plan.padded(params, rows_of)
+    _, added = plan.split(wide)
+    names = sorted(params)
+    own, bias, read = (added[names.index(one)] for one in ("w1", "b1", "w3"))
+    own = own if own.shape == (5, 7) else own.T
+    read = read if read.shape == (7, 3) else read.T
+    expected = apply_fn(params, X) + jnp.tanh(X @ own + bias) @ read
+    found = replaced(apply_fn, network, {}, wider=plan)(wide, X)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_convolution_gets_more_channels():
     params = Conv().init(jax.random.key(0), IMAGES)
     network = inspect(Conv().apply, params, IMAGES)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from nnsanity._types import Array, Params
 from nnsanity.tracing import compat
@@ -253,12 +252,17 @@ def _fits(
     if not len(one.axes) == len(one.unit_axes) == len(last.unit_axes) == 1:
         return False
     (axis,) = one.unit_axes
-    rows, last_rows = (tuple(np.delete(one_shape, axis)) for one_shape in (own, shape))
+    is_like = len(own) == len(shape) and all(
+        size == other
+        for index, (size, other) in enumerate(zip(own, shape, strict=True))
+        if index != axis
+    )
     return (
         own[axis] == one.layer.units
         and start == (own[::-1] if _is_turned(one) else own)
         and not (_is_turned(one) and len(own) != 2)
-        and (last.unit_axes, last_rows) == (one.unit_axes, rows)
+        and is_like
+        and last.unit_axes == one.unit_axes
         and all(avals[reader.operand].shape == shape for reader in read_by)
         and all(read_axis(network, reader) == axis for reader in read_by)
     )

@@ -359,6 +359,10 @@ def _joint_causes(
     lab.progress(f"together, {names}: {original.level:.2f} -> {chosen.level:.2f}")
     needed = _without_needless(lab, chosen)
     full = _train(lab, needed, ALL_SEEDS)
+    if not helps(original, full, best=best) and len(needed) < len(chosen.repairs):
+        # The first seed can do without what others can't.
+        needed = chosen.repairs
+        full = _train(lab, needed, ALL_SEEDS)
     if not helps(original, full, best=best):
         return [], best
     if len(needed) == 1:

@@ -134,6 +134,17 @@ def test_units_beside_two_layers_in_a_row(name):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_no_units_beside_layers_whose_rows_differ():
+    def net(p, x):
+        x = jax.nn.relu(jax.lax.conv(x, p["k"], (1, 1), "SAME")).mean((2, 3))
+        return jnp.tanh(x @ p["w"]) @ p["v"]
+
+    params = {"k": normal(2, 3, 3, 3), "w": normal(2, 2), "v": normal(2, 4)}
+    network = inspect(net, params, IMAGES.transpose(0, 3, 1, 2))
+    first, second, _ = network.layers
+    assert widening(network, first, more=4, last=second) is None
+
+
 def test_a_convolution_gets_more_channels():
     params = Conv().init(jax.random.key(0), IMAGES)
     network = inspect(Conv().apply, params, IMAGES)

@@ -276,7 +276,7 @@ def wrong_rate(factor: float) -> Finding:
 
 
 def stops_early(num_steps: int) -> Finding:
-    """The finding that a training ends while its loss is on its way down.
+    """The finding that a training ends before much is learned.
 
     Args:
         num_steps: how long it is.
@@ -288,7 +288,7 @@ def stops_early(num_steps: int) -> Finding:
         "training",
         float(num_steps),
         math.nan,
-        f"The training ends after {num_steps:,} steps, with the loss on its way down.",
+        f"The training ends after {num_steps:,} steps, before much is learned.",
         "Train for longer, until the loss is level. Count optimizer steps, not epochs:"
         " few examples or large batches make few of them.",
     )

@@ -25,13 +25,12 @@ from nnsanity.trials.arms import (
 )
 from nnsanity.trials.copies import Copy
 from nnsanity.trials.every_repair import combinations, every_repair
-from nnsanity.trials.length_repairs import LEARNED_LITTLE, length_repairs
+from nnsanity.trials.length_repairs import length_repairs
 from nnsanity.trials.levels import (
     LEARNED,
     curve_of,
     grain_of,
     is_lost,
-    is_on_its_way,
     last,
     level_of,
 )
@@ -178,8 +177,7 @@ def intervene(
         every_repair(problem, suspected=suspected, skipped=failed),
         key=lambda one: not (one.is_suspected or set(one.rules) & set(suspected)),
     )
-    if original.level < LEARNED_LITTLE and is_on_its_way(outcomes[0]):
-        repairs += length_repairs(problem)
+    repairs += length_repairs(problem, original.level, outcomes[0])
     arms, left_out = _try_singles(lab, original, repairs)
     best = max(0.0, original.level, *(arm.level for arm in arms))
     singles = best_of_groups(original, arms, best)

@@ -33,6 +33,9 @@ MIN_NEIGHBORHOOD, MAX_NEIGHBORHOOD = 50, 2000
 """Fewest and most examples whose neighbours are compared."""
 SMELLS = frozenset({"learning-rate/outlier-examples"})
 """Rules that no repair tests: warnings only where nothing else is found."""
+UNREACHABLE = "final-activation/unreachable-targets"
+CLASS_SHARE = 0.1
+"""Share of targets out of reach from which on they are a class of their own."""
 MAX_NUMBERS = 2**25
 """Numbers of targets, classes as one-hot rows, up to which they are compared."""
 CONSTANT_SHARE = 0.95
@@ -99,13 +102,27 @@ def _explained(problem: Problem) -> set[str]:
 def without_blame(
     findings: Sequence[Finding], diagnosis: Diagnosis
 ) -> tuple[Finding, ...]:
-    """Tells smells as such where the network learns, or something else explains it."""
+    """Tells smells as such where the network learns, or something else explains it.
+
+    And what stands for a class is up to the loss as long as the network learns.
+    """
+    if diagnosis.level < LEARNED:
+        findings = [
+            one._replace(severity="warning") if _is_out_of_reach(one) else one
+            for one in findings
+        ]
     others = [one for one in findings if one.rule not in SMELLS]
     if diagnosis.level < LEARNED and not _has_alarm((*others, *diagnosis.causes)):
         return tuple(findings)
     return tuple(
         one._replace(severity="info") if one.rule in SMELLS else one for one in findings
     )
+
+
+def _is_out_of_reach(finding: Finding) -> bool:
+    """Tells whether outputs can't be what stands for a whole class."""
+    is_noted = (finding.rule, finding.severity) == (UNREACHABLE, "info")
+    return is_noted and finding.measured >= CLASS_SHARE
 
 
 def _has_alarm(findings: Sequence[Finding]) -> bool:

@@ -19,6 +19,7 @@ SLOPES = np.array([1, -0.5, 0.5, -1, 0.3, 0.2])
 NUMBERS = np.tanh(INPUTS @ SLOPES) + 0.05 * RNG.normal(size=400)
 NUMBERS = NUMBERS[:, None].astype(np.float32)
 ADAM = optax.adam(1e-2)
+UNREACHABLE = "final-activation/unreachable-targets"
 
 
 def drawn(*widths):
@@ -149,6 +150,34 @@ def test_labels_that_are_learned_by_heart_alone():
     assert found.rule == "results/uninformative-targets"
     assert found.severity == "warning"  # something was learned
     assert loud(checkup(few, labels.astype(np.int32), num_steps=1000)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("least", "rules"), [(-1, [UNREACHABLE]), (0, [])])
+def test_a_class_that_the_outputs_can_not_be(least, rules):
+    # Only a half of the labels can be told from the inputs.
+    labels = np.where(RNG.random(400) < 0.5, NUMBERS[:, 0] > 0, RNG.random(400) < 0.5)
+    targets = np.where(labels, 1.0, least)[:, None].astype(np.float32)
+    probability = lambda params, x: jax.nn.sigmoid(network(params, x))  # noqa: E731
+
+    def loss_fn(params, batch):
+        chance = jnp.clip(probability(params, batch[0]), 1e-6, 1 - 1e-6)
+        good, bad = jnp.log(chance), jnp.log(1 - chance)
+        return -jnp.mean(batch[1] * good + (1 - batch[1]) * bad)
+
+    report = ns.checkup(
+        probability,
+        loss_fn,
+        drawn(6, 32, 1),
+        (INPUTS, targets),
+        key=KEY,
+        optimizer=ADAM,
+        num_steps=200,
+    )
+    found = [one for one in report.findings if one.rule == UNREACHABLE]
+    assert [one.rule for one in found] == rules
+    assert "does not learn" in report.summary or "in part" in report.summary
+    assert all(one.severity != "info" for one in found)
 
 
 ANGLES = RNG.uniform(0, 2 * np.pi, 500)

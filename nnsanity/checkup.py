@@ -92,7 +92,7 @@ def checkup(
     suspects on copies and trains those beside it: what a repair changes is a cause.
     Nothing that is given is changed.
 
-    Costs three trainings of ``num_steps`` for a network that learns, and ten to fifty
+    Costs three trainings of ``num_steps`` for a network that learns, and ten to eighty
     for one that does not; each as fast as a compiled loop runs.
 
     Args:

@@ -127,11 +127,11 @@ class Effect(NamedTuple):
         after: what the repaired copy reached.
         measure: what was measured: ``"accuracy"``, ``"share of the variance"``.
         num_steps: length of the copy's training.
-        num_steps_before: length of the original's.
         num_seeds: how many trainings each number is the median of.
         gain: the difference on a scale from 0, a constant output, to 1, perfect.
         limit: the gain from which on it counts.
         is_joint: whether other repairs were in place in both.
+        num_steps_before: length of the original's training.
     """
 
     repair: str
@@ -139,11 +139,11 @@ class Effect(NamedTuple):
     after: float
     measure: str
     num_steps: int
-    num_steps_before: int
     num_seeds: int
     gain: float
     limit: float
     is_joint: bool
+    num_steps_before: int
 
 
 def caused(finding: Finding, effect: Effect, severity: str) -> Finding:

@@ -43,25 +43,26 @@ def learning(report: "Report") -> "Figure":
         ValueError: if the checkup did not train.
     """
     curve = _measured(report, "quality_curve")
-    steps = np.linspace(
-        0, len(report.measurements["trial"][0].batch_losses), len(curve)
-    )
+    num_steps = len(report.measurements["trial"][0].batch_losses)
     attempts = sorted(report.measurements["repairs"], key=lambda one: one.helped)
     figure, axes = _figure("How much was learned")
     for one in attempts:
         colour = GOOD if one.helped else QUIET
+        steps = np.linspace(0, one.num_steps, len(one.curve))
         axes.plot(steps, one.curve.clip(-0.05), color=colour, lw=1.2 + one.helped)
+    steps = np.linspace(0, num_steps, len(curve))
     axes.plot(steps, curve.clip(-0.05), color=INK, lw=2.4)
     best = max(
         (one for one in attempts if one.helped),
         key=lambda one: np.median(one.levels),
         default=None,
     )
-    ends = [("as it is", curve, INK)]
+    ends = [("as it is", num_steps, curve, INK)]
     if best is not None:
-        ends.append((textwrap.fill(best.repair, 60), best.curve, GOOD))
-    for name, values, colour in ends:
-        _label_end(axes, steps[-1], float(values[-1]), name, colour)
+        name = textwrap.fill(best.repair, 60)
+        ends.append((name, best.num_steps, best.curve, GOOD))
+    for name, end, values, colour in ends:
+        _label_end(axes, end, float(values[-1]), name, colour)
     axes.set(
         xlabel="steps", ylabel="quality: 0 a constant, 1 perfect", ylim=(-0.28, 1.08)
     )

@@ -76,21 +76,16 @@ def test_the_items_are_the_eleven():
     assert {rule.split("/")[0] for rule in CONSEQUENCES} <= slugs
 
 
+def effect_of(num_steps, num_steps_before, *, is_joint=False):
+    ends = 0.1, 0.875, "accuracy"
+    done = "rescaling the weights"
+    return Effect(done, *ends, num_steps, 3, 0.8, 0.25, is_joint, num_steps_before)
+
+
 @pytest.mark.parametrize(("measured", "limit"), [(90.0, 70.0), (math.nan, math.nan)])
 @pytest.mark.parametrize("is_joint", [False, True])
 def test_caused(measured, limit, is_joint):
-    effect = Effect(
-        "rescaling the weights",
-        0.1,
-        0.875,
-        "accuracy",
-        300,
-        300,
-        3,
-        0.8,
-        0.25,
-        is_joint,
-    )
+    effect = effect_of(300, 300, is_joint=is_joint)
     suspicion = FINDING._replace(measured=measured, limit=limit)
     cause = caused(suspicion, effect, "error")
     assert cause.severity == "error"
@@ -101,6 +96,12 @@ def test_caused(measured, limit, is_joint):
     assert "after 300 steps from 0.10 to 0.88 (3 seeds)." in cause.message
     assert cause.rule == suspicion.rule
     assert suspicion.severity == "info"
+
+
+def test_a_copy_that_trains_for_longer_says_so():
+    cause = caused(FINDING, effect_of(3000, 300), "error")
+    expected = "accuracy from 0.10 after 300 steps to 0.88 after 3,000 (3 seeds)."
+    assert expected in cause.message
 
 
 def test_diagnosis_error_holds_the_findings():

@@ -10,8 +10,9 @@ from nnsanity.trials.trial import Outcome
 
 NONE = np.zeros(3)
 CURVE = np.array([0.0, 0.1, 0.2])
-HELPFUL = Attempt("a & b", "inputs", np.array([0.8, 0.9, 1.0]), CURVE * 4, helped=True)
-USELESS = Attempt("nothing", "rate", np.array([0.2]), CURVE, helped=False)
+LONGER = np.append(CURVE, 0.3) * 3  # more marks, and twice as long
+HELPFUL = Attempt("a & b", "inputs", np.array([0.8, 0.9, 1.0]), LONGER, True, 120)
+USELESS = Attempt("nothing", "rate", np.array([0.2]), CURVE, False, 60)
 TRIAL = (Outcome(np.zeros(60), *[NONE] * 5, None, None),)
 
 
@@ -40,7 +41,7 @@ def test_curves_are_those_that_were_measured():
     figure = plot.learning(FULL)
     useless, helpful, original = lines(figure)
     np.testing.assert_array_equal(original.T, [[0, 30, 60], CURVE])
-    np.testing.assert_array_equal(helpful[:, 1], CURVE * 4)
+    np.testing.assert_array_equal(helpful.T, [[0, 40, 80, 120], LONGER])
     np.testing.assert_array_equal(useless[:, 1], CURVE)
     assert {"as it is", "a & b"} <= words(figure)
 

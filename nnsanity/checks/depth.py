@@ -203,7 +203,7 @@ def merged_layers(names: Sequence[str]) -> Finding:
 
 
 def too_shallow(name: str) -> Finding:
-    """The finding that a network of one layer can't say what its outputs need.
+    """The finding that a network of one layer can't say what its targets need.
 
     Args:
         name: of the layer.
@@ -215,8 +215,8 @@ def too_shallow(name: str) -> Finding:
         name,
         1.0,
         2.0,
-        f"{name} is the only layer: what its outputs can say is a linear function of"
-        " the inputs, and the targets are none.",
+        f"{name} is the only layer: what it makes is a linear function of what enters"
+        " it.",
         "Put a hidden layer with a nonlinearity before it, such as 64 units of"
         " jax.nn.relu.",
     )

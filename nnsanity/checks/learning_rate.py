@@ -289,8 +289,8 @@ def stops_early(num_steps: int) -> Finding:
         float(num_steps),
         math.nan,
         f"The training ends after {num_steps:,} steps, before much is learned.",
-        "Train for longer, until the loss is level. Count optimizer steps, not epochs:"
-        " few examples or large batches make few of them.",
+        "Train for longer, until the loss is level; where you do, say so by num_steps."
+        " Count optimizer steps, not epochs: few examples or large batches make few.",
     )
 
 

@@ -17,9 +17,13 @@ CHANCE = 3.29
 
 
 def needed_gain(one: Located) -> float:
+    """Returns the gain that keeps the signal's size, for a layer."""
+    return gain_before(one.layer.activation)
+
+
+def gain_before(activation: str | None) -> float:
     """Returns the gain that keeps the signal's size: sqrt(2) before a rectifier."""
-    is_rectified = one.layer.activation in RECTIFIERS
-    return math.sqrt(2.0) if is_rectified else 1.0
+    return math.sqrt(2.0) if activation in RECTIFIERS else 1.0
 
 
 def redrawn(network: Network, params: Params, key: Array) -> Params:

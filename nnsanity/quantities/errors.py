@@ -11,7 +11,12 @@ import numpy as np
 from nnsanity._tree import described, in_float32, num_examples, takes_numbers
 from nnsanity._types import Array, LossFn, Params, PyTree
 from nnsanity.quantities.descent import check_loss
-from nnsanity.quantities.moments import Moments, denormalize
+from nnsanity.quantities.moments import (
+    Moments,
+    denormalize,
+    feature_moments,
+    z_scores,
+)
 from nnsanity.tracing.convolutions import channels_last
 
 
@@ -145,6 +150,40 @@ class WorstExamples(NamedTuple):
     indices: Array
     losses: Array
     share: Array
+
+
+@jax.jit
+def linear_share(inputs: Array, targets: Array) -> Array:
+    """Returns what a linear function of the inputs explains of examples left out.
+
+    Least squares with every example left out in turn, by the residuals of one fit and
+    its leverages (Allen 1974).  Costs one singular value decomposition of the inputs.
+
+    Args:
+        inputs: [examples, ...], several times as many examples as features.
+        targets: [examples, columns], numbers; classes as one-hot rows.
+
+    Returns:
+        float32[], share of the variance; 0 or below where it is no better than the mean
+        of the others.
+
+    Example:
+        >>> x = jnp.arange(8.0)[:, None]
+        >>> print(f"{linear_share(x, 3 * x + 1):.3f}")
+        1.000
+    """
+    rows = in_float32(inputs).reshape(inputs.shape[0], -1)
+    rows = z_scores(rows, feature_moments(rows))
+    rows = jnp.concatenate([rows, jnp.ones_like(rows[:, :1])], axis=1)
+    targets = in_float32(targets)
+    basis, sizes, _ = jnp.linalg.svd(rows, full_matrices=False)
+    basis = basis * (sizes > 1e-5 * sizes[0])
+    leverage = jnp.minimum(jnp.sum(basis**2, axis=1, keepdims=True), 1 - 1e-6)
+    left_out = (targets - basis @ (basis.T @ targets)) / (1 - leverage)
+    size = len(rows)
+    by_mean = (targets - jnp.mean(targets, axis=0)) * size / max(size - 1, 1)
+    total = jnp.sum(by_mean**2)
+    return 1 - jnp.sum(left_out**2) / jnp.where(total > 0, total, 1)
 
 
 @takes_numbers

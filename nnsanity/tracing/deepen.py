@@ -14,9 +14,8 @@ import jax.numpy as jnp
 
 from nnsanity._types import Array, Params
 from nnsanity.tracing.layers import Located, Network
-from nnsanity.tracing.paths import depths
 from nnsanity.tracing.steps import Site
-from nnsanity.tracing.widen import Part, born, part_of, read_axis
+from nnsanity.tracing.widen import Part, born, nonlinearity, part_of, read_axis
 
 
 class Deepening(NamedTuple):
@@ -26,16 +25,22 @@ class Deepening(NamedTuple):
         units: the layer's weight, along the axis of its units.
         inputs: the same weight, along the axis of its inputs.
         more: how many units the hidden layer has.
+        activation: name of their nonlinearity.
     """
 
     units: Part
     inputs: Part
     more: int
+    activation: str = "relu"
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """All parameters that get longer."""
         return (self.units, self.inputs)
+
+    def _oriented(self, weight: Array) -> Array:
+        """Brings the inputs to the first axis, or back to their own."""
+        return weight if self.inputs.axis < self.units.axis else weight.T
 
     def split(self, params: Params) -> tuple[Params, dict[int, Array]]:
         """Splits long parameters into the user's own and the long weight, by leaf.
@@ -43,11 +48,9 @@ class Deepening(NamedTuple):
         The inputs lie along the first axis of that.
         """
         leaves, structure = jax.tree.flatten(params)
-        long = leaves[self.units.leaf]
-        is_in_order = self.inputs.axis < self.units.axis
-        long = long if is_in_order else long.T
+        long = self._oriented(leaves[self.units.leaf])
         own = long[: self.inputs.size, : self.units.size]
-        leaves[self.units.leaf] = own if is_in_order else own.T
+        leaves[self.units.leaf] = self._oriented(own)
         return jax.tree.unflatten(structure, leaves), {self.units.leaf: long}
 
     def padded(self, params: Params, draw: Callable[[Part, tuple], Array]) -> Params:
@@ -59,14 +62,12 @@ class Deepening(NamedTuple):
                 the hidden layer, [more, units] for what is read of it.
         """
         leaves, structure = jax.tree.flatten(params)
-        own = leaves[self.units.leaf]
-        is_in_order = self.inputs.axis < self.units.axis
-        own = own if is_in_order else own.T
+        own = self._oriented(jnp.asarray(leaves[self.units.leaf]))
         hidden = draw(self.units, (self.inputs.size, self.more)).astype(own.dtype)
         read = draw(self.inputs, (self.more, self.units.size)).astype(own.dtype)
         corner = jnp.zeros((self.more, self.more), own.dtype)
         long = jnp.block([[own, hidden], [read, corner]])
-        leaves[self.units.leaf] = long if is_in_order else long.T
+        leaves[self.units.leaf] = self._oriented(long)
         return jax.tree.unflatten(structure, leaves)
 
     def values(self, found: Mapping[str, Located]) -> tuple[int, ...]:
@@ -104,7 +105,8 @@ class Deepening(NamedTuple):
             rows = inputs if read_axis(network, one) == 1 else inputs.T
             weight = added[self.units.leaf].astype(rows.dtype)
             bias = weight[num_inputs, num_units:]
-            hidden = jax.nn.relu(rows @ weight[:num_inputs, num_units:] + bias)
+            hidden = rows @ weight[:num_inputs, num_units:] + bias
+            hidden = nonlinearity(self.activation)(hidden)
             more = hidden @ weight[num_inputs:, :num_units]
             more = more if one.axes == (1,) else more.T
             return sums + more.astype(sums.dtype)
@@ -123,7 +125,7 @@ def deepening(network: Network, *, more: int) -> Deepening | None:
         network: of ``apply_fn``.
         more: how many units it gets.
     """
-    if len(network.layers) != 1 or depths(network).longest != 1:
+    if len(network.layers) != 1:
         return None
     (one,) = network.layers
     avals = network.steps.avals

@@ -63,12 +63,14 @@ class Widening(NamedTuple):
         units: its weight, along the axis of its units.
         readers: the weights of the layers that read it, along the axis of their inputs.
         more: how many units are added.
+        activation: name of the nonlinearity of the new units, or None.
         bias: its bias, if it has one that is a parameter of one axis.
     """
 
     units: Part
     readers: tuple[Part, ...]
     more: int
+    activation: str | None = None
     bias: Part | None = None
 
     @property
@@ -135,7 +137,7 @@ class Widening(NamedTuple):
                 shape = [1] * sums.ndim
                 shape[narrow.unit_axes[0]] = self.more
                 sums += added[self.bias.leaf].reshape(shape).astype(sums.dtype)
-            return nonlinearity(narrow.layer.activation)(sums)
+            return nonlinearity(self.activation)(sums)
 
         def add(value: Array, reader: Located, weight: Array) -> Array:
             more = _added_product(network, reader, weight, new_units())
@@ -162,13 +164,18 @@ def widening(
         one: the layer.
         more: how many units to add.
         last: the last of several layers in a row, of which ``one`` is the first: the
-            new units stand beside them all, and what reads the last reads them.
+            new units stand beside them all, and what reads the last reads them.  They
+            get its nonlinearity, or a ReLU.
     """
+    activation = one.layer.activation if last is None else last.layer.activation
+    if last is not None:
+        activation = activation or "relu"
     last = last or one
     if obstacle(network, one, last):
         return None
     known = [part for part in _parts(network, one, last) if part is not None]
-    return Widening(known[0], tuple(known[1:]), more, _bias(network, one))
+    bias = _bias(network, one)
+    return Widening(known[0], tuple(known[1:]), more, activation, bias)
 
 
 def _bias(network: Network, one: Located) -> Part | None:
@@ -259,13 +266,16 @@ def _fits(
     )
     return (
         own[axis] == one.layer.units
-        and start == (own[::-1] if _is_turned(one) else own)
-        and not (_is_turned(one) and len(own) != 2)
+        and _is_at_start(start, own, is_turned=_is_turned(one))
         and is_like
         and last.unit_axes == one.unit_axes
         and all(avals[reader.operand].shape == shape for reader in read_by)
         and all(read_axis(network, reader) == axis for reader in read_by)
     )
+
+
+def _is_at_start(start: tuple, own: tuple, *, is_turned: bool) -> bool:
+    return len(own) == 2 and start == own[::-1] if is_turned else start == own
 
 
 def _is_turned(one: Located) -> bool:

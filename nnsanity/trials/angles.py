@@ -53,11 +53,11 @@ def judge_angles(problem: Problem, *, key: Array, num_steps: int) -> list[Findin
         float(np.median(encoded)),
         "explained share of the angle",
         num_steps,
-        num_steps,
         NUM_SEEDS,
         float(np.median(gains)),
         MIN_GAIN,
         is_joint=False,
+        num_steps_before=num_steps,
     )
     severity = "error" if np.median(plain) <= FAILED else "warning"
     finding = preprocessing.wrapping_targets(measured, period)

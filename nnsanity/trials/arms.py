@@ -31,6 +31,7 @@ class Attempt(NamedTuple):
         levels: float[seeds], quality that it reached; 1 is perfect, 0 a constant.
         curve: float[marks + 1], quality of the first seed on its way.
         helped: whether it learned clearly better than the original, from every seed.
+        num_steps: how long it was trained.
     """
 
     repair: str
@@ -38,6 +39,7 @@ class Attempt(NamedTuple):
     levels: np.ndarray
     curve: np.ndarray
     helped: bool
+    num_steps: int
 
 
 class Arm(NamedTuple):
@@ -78,7 +80,9 @@ def joined(first: Arm, rest: Arm) -> Arm:
 def attempt_of(arm: Arm, *, helped: bool) -> Attempt:
     """Returns what is shown of an arm with a single repair."""
     (repair,) = arm.repairs
-    return Attempt(repair.name, repair.group, arm.levels, arm.curve, helped)
+    return Attempt(
+        repair.name, repair.group, arm.levels, arm.curve, helped, arm.num_steps
+    )
 
 
 def gain_of(before: Arm, after: Arm) -> float:

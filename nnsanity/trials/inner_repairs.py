@@ -10,7 +10,11 @@ import jax.numpy as jnp
 from nnsanity._types import Array, Params
 from nnsanity.checks import depth, initialization, width
 from nnsanity.findings import listed
-from nnsanity.quantities.drawing import needed_gain, without_biases
+from nnsanity.quantities.drawing import (
+    gain_before,
+    needed_gain,
+    without_biases,
+)
 from nnsanity.tracing.deepen import Deepening, deepening
 from nnsanity.tracing.layers import Located, Network
 from nnsanity.tracing.widen import Part, Widening, obstacle, readers, widening
@@ -60,17 +64,14 @@ class _Narrow(NamedTuple):
     Attributes:
         need: of the task.
         widths: by layer.
+        layers: the narrowest first.
         row: the narrowest, with those of them that stand directly before and behind it.
     """
 
     need: width.Need
     widths: dict[str, int]
+    layers: tuple[Located, ...]
     row: tuple[Located, ...]
-
-    @property
-    def narrowest(self) -> Located:
-        """The layer of the fewest units."""
-        return min(self.row, key=lambda one: self.widths[one.layer.name])
 
 
 def _narrow(problem: Problem) -> _Narrow | None:
@@ -81,64 +82,67 @@ def _narrow(problem: Problem) -> _Narrow | None:
     widths = {name: one for name, one in every.items() if need.is_narrow(one)}
     if not widths:
         return None
-    name = min(widths, key=lambda one: widths[one])
-    return _Narrow(need, widths, _row(problem.network, widths.keys(), name))
+    layers = [one for one in problem.network.layers if one.layer.name in widths]
+    layers.sort(key=lambda one: widths[one.layer.name])
+    row = _row(problem.network, widths.keys(), layers[0].layer.name)
+    return _Narrow(need, widths, tuple(layers), row)
 
 
 def _row(network: Network, narrow: Collection[str], name: str) -> tuple[Located, ...]:
     """Returns the narrow layers in a row that a layer is one of, in order."""
-    chosen = [one for one in network.layers if one.layer.name in narrow]
-    behind = {
-        one.layer.name: read_by[0].layer.name
-        for one in chosen
-        if len(read_by := [*readers(network, one)]) == 1
-    }
-    row = {name}
-    for one in chosen:  # in the order of execution
-        if behind.get(one.layer.name) in narrow and one.layer.name in row:
-            row.add(behind[one.layer.name])
-    for one in reversed(chosen):
-        if behind.get(one.layer.name) in row:
-            row.add(one.layer.name)
-    return tuple(one for one in chosen if one.layer.name in row)
+    rows: list[list[Located]] = []
+    for one in network.layers:  # in the order of execution
+        if one.layer.name not in narrow:
+            continue
+        before = rows[-1][-1] if rows else None
+        read_by = [] if before is None else [*readers(network, before)]
+        if [reader.layer.name for reader in read_by] == [one.layer.name]:
+            rows[-1].append(one)
+        else:
+            rows.append([one])
+    return next(
+        tuple(row) for row in rows if any(one.layer.name == name for one in row)
+    )
 
 
 def _widened(
     problem: Problem, found: _Narrow
-) -> tuple[Widening | None, tuple[Located, ...]]:
-    """Plans more units beside all narrow layers in a row, or for the narrowest alone.
+) -> tuple[Widening, tuple[str, ...]] | None:
+    """Plans more units beside all narrow layers in a row, or for one of them.
 
     Returns:
-        The plan, None where neither can be; and the layers that it is for.
+        The plan and the names of the layers that it is for.
     """
     units = max(found.need.guideline, width.WIDE_UNITS)
-    row, one = found.row, found.narrowest
-    if len(row) > 1:
-        plan = widening(problem.network, row[0], more=units, last=row[-1])
+    if len(found.row) > 1:
+        first, last = found.row[0], found.row[-1]
+        plan = widening(problem.network, first, more=units, last=last)
         if plan is not None:
-            return plan, row
-    return widening(problem.network, one, more=units - one.layer.units), (one,)
+            return plan, tuple(one.layer.name for one in found.row)
+    for one in found.layers:
+        plan = widening(problem.network, one, more=units - one.layer.units)
+        if plan is not None:
+            return plan, (one.layer.name,)
+    return None
 
 
 def _width_repairs(problem: Problem) -> tuple[Repair, ...]:
     """Widens the narrowest layers that all has to pass, if the outputs need more."""
     found = _narrow(problem)
-    if found is None:
+    made = None if found is None else _widened(problem, found)
+    if found is None or made is None:
         return ()
-    plan, wide = _widened(problem, found)
-    if plan is None:
-        return ()
+    plan, wide = made
 
     def widen(copy: Copy, key: Array) -> Copy:
         return copy._replace(params=_drawn(problem, plan, copy, key))
 
-    narrowest = found.narrowest.layer.name
-    names = listed(one.layer.name for one in wide)
+    narrowest = min(wide, key=lambda name: found.widths[name])
     return (
         Repair(
-            f"giving {names} {plan.more} more units"
+            f"giving {narrowest} {plan.more} more units"
             if len(wide) == 1
-            else f"a layer of {plan.more} units beside {names}",
+            else f"a layer of {plan.more} units beside {listed(wide)}",
             "hidden",
             widen,
             ("width/bottleneck",),
@@ -160,7 +164,7 @@ def _depth_repairs(problem: Problem) -> tuple[Repair, ...]:
     return (
         Repair(
             f"a hidden layer of {plan.more} ReLU units beside {plan.units.layer}",
-            "hidden",
+            "depth",
             deepen,
             (),
             depth.too_shallow(plan.units.layer),
@@ -175,13 +179,14 @@ def not_widened(problem: Problem) -> dict[str, str]:
     found = _narrow(problem)
     if found is None:
         return {}
-    plan, wide = _widened(problem, found)
-    names = [one.layer.name for one in wide]
-    reason = f"only {listed(names)}, the narrowest, is made wider"
-    told = {name: reason for name in found.widths if name not in names}
-    if plan is None:
-        told[names[0]] = obstacle(problem.network, wide[0])
-    return {f"more units for {name}": why for name, why in told.items()}
+    made = _widened(problem, found)
+    wide = () if made is None else made[1]
+    reason = f"more are tried for {listed(wide)} alone"
+    return {
+        f"more units for {one.layer.name}": obstacle(problem.network, one) or reason
+        for one in found.layers
+        if one.layer.name not in wide
+    }
 
 
 def _drawn(
@@ -191,14 +196,12 @@ def _drawn(
     layers = {one.layer.name: one for one in problem.network.layers}
 
     def draw(part: Part, shape: tuple[int, ...]) -> Array:
-        if isinstance(plan, Widening) and part is plan.bias:
-            return jnp.zeros(shape)
+        if len(shape) == 1:
+            return jnp.zeros(shape)  # biases
         one = layers[part.layer]
         is_new = part is plan.units
         more = 0 if is_new else plan.more
-        gain = needed_gain(one)
-        if is_new and isinstance(plan, Deepening):
-            gain = math.sqrt(2.0)
+        gain = gain_before(plan.activation) if is_new else needed_gain(one)
         scale = gain / math.sqrt(_fan_in(one) + more * _window(one, part))
         own_key = jax.random.fold_in(jax.random.fold_in(key, part.leaf), part.axis)
         return scale * jax.random.normal(own_key, shape, jnp.float32)

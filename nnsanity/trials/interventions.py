@@ -145,7 +145,8 @@ def intervene(
     """Repairs copies of a program that does not learn well and trains them beside it.
 
     Costs one training per repair, three for each one that seems to help, and about
-    twenty more where no single one is enough.
+    twenty more where no single one is enough; and where the training is short, one to
+    three that are up to ten times as long, or of 1,000 steps.
 
     Args:
         problem: with an optimizer.
@@ -215,7 +216,16 @@ def _together(pairs: Sequence[tuple[Arm, Arm]]) -> tuple[Attempt, ...]:
     names = [arm.repairs[0].name for _, arm in pairs]
     words = f"{', '.join(names[:-1])} and {names[-1]}"
     full = pairs[0][1]
-    return (Attempt(words, "together", full.levels, full.curve, helped=True),)
+    return (
+        Attempt(
+            words,
+            "together",
+            full.levels,
+            full.curve,
+            helped=True,
+            num_steps=full.num_steps,
+        ),
+    )
 
 
 def _trial_of(lab: _Lab, repairs: Sequence[Repair]) -> Trial:
@@ -295,7 +305,8 @@ def _try_singles(
         if not _is_next(original, repair, tried):
             continue
         began = time.monotonic()
-        more = _times_as_long(lab.problem, repair) - 1
+        # A longer training has to fit, from all seeds.
+        more = len(lab.keys) * repair.times_as_long if repair.times_as_long > 1 else 0
         if began + more * min(took, default=0.0) > lab.deadline:
             left_out.append(repair)
             continue
@@ -306,12 +317,6 @@ def _try_singles(
             arm = joined(arm, _train(lab, (repair,), OTHER_SEEDS))
         tried.append(arm)
     return tried, left_out
-
-
-def _times_as_long(problem: Problem, repair: Repair) -> float:
-    """Returns how long a repaired copy trains, in units of the original."""
-    repaired = problem if repair.rewrite is None else repair.rewrite(problem)
-    return max(repaired.num_steps / problem.num_steps, 1.0)
 
 
 def _is_next(original: Arm, repair: Repair, tried: Sequence[Arm]) -> bool:
@@ -357,7 +362,9 @@ def _joint_causes(
     lab.progress(f"together, {names}: {original.level:.2f} -> {chosen.level:.2f}")
     needed = _without_needless(lab, chosen)
     full = _train(lab, needed, ALL_SEEDS)
-    if not helps(original, full, best=best) and len(needed) < len(chosen.repairs):
+    is_in_time = time.monotonic() <= lab.deadline
+    is_part = len(needed) < len(chosen.repairs)
+    if is_part and is_in_time and not helps(original, full, best=best):
         # The first seed can do without what others can't.
         needed = chosen.repairs
         full = _train(lab, needed, ALL_SEEDS)

@@ -17,15 +17,23 @@ each other, a rate and a training that is too short for it."""
 
 
 def best_of_groups(original: Arm, arms: Iterable[Arm], best: float) -> list[Arm]:
-    """Returns the arms that helped, the best of each group or fault."""
+    """Returns the arms that helped, the best of each group or fault.
+
+    A layer more is told only where nothing simpler does as well, and a longer training
+    where no other rate does.
+    """
+    arms = list(arms)
+    simple = max((a.level for a in arms if a.repairs[0].group != "depth"), default=0.0)
     chosen: dict[str, Arm] = {}
     for arm in arms:
         (repair,) = arm.repairs
         group = SAME_FAULT.get(repair.group, repair.group)
-        margin = 0.02 if repair.follows is None else MIN_GAIN
+        is_far = repair.follows is not None or repair.group == "length"
+        margin = MIN_GAIN if is_far else 0.02
         rival = chosen.get(group)
         is_better = rival is None or arm.level > rival.level + margin
-        if is_better and helps(original, arm, best=best):
+        is_needed = repair.group != "depth" or arm.level > simple + MIN_GAIN
+        if is_better and is_needed and helps(original, arm, best=best):
             chosen[group] = arm
     return list(chosen.values())
 
@@ -81,9 +89,9 @@ def _effect(problem: Problem, before: Arm, after: Arm, best: float) -> Effect:
         to_unit(after.level),
         measure,
         after.num_steps,
-        before.num_steps,
         min(len(before.levels), len(after.levels)),
         gain_of(before, after),
         needed_gain(before, after, best=best),
         bool(before.repairs),
+        before.num_steps,
     )

@@ -16,7 +16,7 @@ from nnsanity.checks import (
     results,
 )
 from nnsanity.findings import Finding
-from nnsanity.quantities.errors import constant_baseline
+from nnsanity.quantities.errors import constant_baseline, linear_share
 from nnsanity.quantities.neighbors import Continuity, continuity
 from nnsanity.quantities.targets import target_columns
 from nnsanity.tracing.reach import reach
@@ -36,6 +36,8 @@ SMELLS = frozenset({"learning-rate/outlier-examples"})
 UNREACHABLE = "final-activation/unreachable-targets"
 CLASS_SHARE = 0.1
 """Share of targets out of reach from which on they are a class of their own."""
+MIN_ROWS_FOR_EACH = 5
+"""Fewest examples for each feature with which a linear function says anything."""
 MAX_NUMBERS = 2**25
 """Numbers of targets, classes as one-hot rows, up to which they are compared."""
 CONSTANT_SHARE = 0.95
@@ -72,7 +74,7 @@ def judge_outcomes(
     if level <= FAILED:
         found += _wrong_loss(problem, diagnosis)
     known = (*findings, *diagnosis.causes)
-    if _is_blind(diagnosis) and not _has_alarm((*known, *found)):
+    if not _has_alarm((*known, *found)):
         found += _shuffled(problem, diagnosis, measured)
     if level <= FAILED and not _has_alarm((*known, *found)):
         found += _unexplained(problem, diagnosis, measurements["constant_loss"])
@@ -104,9 +106,11 @@ def without_blame(
 ) -> tuple[Finding, ...]:
     """Tells smells as such where the network learns, or something else explains it.
 
-    And what stands for a class is up to the loss as long as the network learns.
+    What stands for a class is up to the loss; but a cross entropy that falls below zero
+    was not made for the numbers that it gets.
     """
-    if diagnosis.level < LEARNED:
+    is_below = last(diagnosis.outcomes[0].losses) < 0
+    if diagnosis.level < LEARNED and is_below:
         findings = [
             one._replace(severity="warning") if _is_out_of_reach(one) else one
             for one in findings
@@ -215,20 +219,32 @@ def _seams(
     return (*judge_angles(problem, key=key, num_steps=diagnosis.num_steps), *found)
 
 
-def _is_blind(diagnosis: Diagnosis) -> bool:
-    """Tells whether a network learns nothing, or by heart alone."""
-    held_out = [last(one.quality) for one in diagnosis.outcomes]
-    return diagnosis.level <= FAILED or float(np.median(held_out)) <= FAILED
-
-
 def _shuffled(
     problem: Problem, diagnosis: Diagnosis, measured: dict
 ) -> tuple[Finding, ...]:
-    near = _near(problem, measured)
-    if near is None:
+    """Says of a network that learns nothing, or by heart alone, what neighbours say.
+
+    Of one that learns something only where the inputs tell nothing linearly, either:
+    among many features neighbours are poor witnesses.
+    """
+    held_out = float(np.median([last(one.quality) for one in diagnosis.outcomes]))
+    has_failed = diagnosis.level <= FAILED
+    if not has_failed and not held_out <= FAILED:
         return ()
-    severity = "error" if diagnosis.level <= FAILED else "warning"
+    near = _near(problem, measured)
+    if near is None or (not has_failed and _tells_linearly(problem)):
+        return ()
+    severity = "error" if has_failed else "warning"
     return results.judge_neighbors(near, severity=severity)
+
+
+def _tells_linearly(problem: Problem) -> bool:
+    """Tells whether a linear function explains something; also if nobody can say."""
+    inputs, targets = problem.batch(slice(MAX_NEIGHBORHOOD))
+    columns = _columns(problem, targets)
+    if columns is None or len(inputs) < MIN_ROWS_FOR_EACH * inputs[0].size:
+        return True
+    return float(linear_share(inputs, columns)) > 0
 
 
 def _unexplained(

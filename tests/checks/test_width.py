@@ -15,7 +15,7 @@ from nnsanity.checks.width import (
     needed_units,
     width_profile,
 )
-from nnsanity.trials.inner_repairs import not_widened
+from nnsanity.trials.inner_repairs import inner_repairs, not_widened
 from nnsanity.trials.problem import checked_problem
 
 RNG = np.random.default_rng(0)
@@ -282,5 +282,7 @@ def test_narrow_layers_without_a_wider_copy_are_told():
         num_steps=10,
     )
     told = not_widened(problem)
-    assert "inside of a loop" in told["more units for w1"]
-    assert told["more units for w3"] == "only w1, the narrowest, is made wider"
+    assert told.keys() == {"more units for w1", "more units for w2"}
+    assert all("inside of a loop" in reason for reason in told.values())
+    (wider,) = (one for one in inner_repairs(problem) if one.group == "hidden")
+    assert wider.name == "giving w3 62 more units"

@@ -8,7 +8,7 @@ from sklearn.metrics import accuracy_score, mean_absolute_error, r2_score
 from sklearn.metrics import root_mean_squared_error as rmse
 
 from nnsanity.checks.results import errors_in_words
-from nnsanity.quantities.errors import constant_baseline, worst_examples
+from nnsanity.quantities.errors import constant_baseline, linear_share, worst_examples
 from nnsanity.quantities.moments import feature_moments, normalize
 
 RNG = np.random.default_rng(0)
@@ -118,3 +118,24 @@ def test_nan_is_the_worst():
     assert found.indices.tolist() == [1, 2]
     assert jnp.isnan(found.losses[0])
     assert jnp.isnan(found.share)
+
+
+def left_out_by_hand(inputs, targets):
+    errors, by_mean = [], []
+    for index in range(len(inputs)):
+        kept = np.arange(len(inputs)) != index
+        rows = np.column_stack([inputs, np.ones(len(inputs))])
+        weights = np.linalg.lstsq(rows[kept], targets[kept], rcond=None)[0]
+        errors.append(targets[index] - rows[index] @ weights)
+        by_mean.append(targets[index] - targets[kept].mean(0))
+    return 1 - np.sum(np.square(errors)) / np.sum(np.square(by_mean))
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0, 30.0])
+def test_linear_share_against_refits(noise):
+    random = np.random.default_rng(0)
+    inputs = random.normal(size=(60, 5)) * [1, 10, 0.1, 1, 0] + 3  # one constant
+    targets = inputs[:, :2] @ [[1, 2], [0.1, 0]] + noise * random.normal(size=(60, 2))
+    found = float(linear_share(jnp.asarray(inputs), jnp.asarray(targets)))
+    assert found == pytest.approx(left_out_by_hand(inputs, targets), abs=1e-3)
+    assert (found > 0) == (noise < 30)

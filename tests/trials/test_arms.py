@@ -1,9 +1,12 @@
 """When a copy counts as better, on levels written by hand."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 
 from nnsanity.trials.arms import MIN_GAIN_BY_CHANCE, Arm, helps, needed_gain
+from nnsanity.trials.ranking import best_of_groups
 
 
 def arm(*levels):
@@ -34,9 +37,10 @@ def test_what_is_memorized_does_not_count():
     assert not helps(arm(0.4, 0.4, 0.4), after)
 
 
-class Made:
-    def __init__(self, *, is_free):
-        self.is_free = is_free
+class Made(NamedTuple):
+    is_free: bool
+    group: str = ""
+    follows: str | None = None
 
 
 CHOSEN, NEEDED = (Made(is_free=True),), (Made(is_free=False),)
@@ -85,3 +89,30 @@ def test_what_a_few_held_out_examples_are_worth_is_chance(before, repairs):
     # Never more than of what may become perfect.
     before = before._replace(grain=1.0)
     assert needed_gain(before, after, best=best) == most
+
+
+def told(**levels):
+    """Which of the repairs of these groups are told, by the levels that they reach."""
+    found = [
+        arm(level, level, level)._replace(repairs=(Made(is_free=True, group=group),))
+        for group, level in levels.items()
+    ]
+    chosen = best_of_groups(arm(0.1, 0.1, 0.1), found, max(levels.values()))
+    return [one.repairs[0].group for one in chosen]
+
+
+@pytest.mark.parametrize(
+    ("levels", "groups"),
+    [
+        ({"rate": 0.8, "length": 0.85}, ["rate"]),  # the cheaper of the two
+        ({"rate": 0.8, "length": 0.95}, ["length"]),
+        ({"length": 0.8}, ["length"]),
+        ({"rate": 0.3, "depth": 1.0}, ["depth"]),
+        ({"rate": 0.9, "depth": 0.95}, ["rate"]),  # a linear function does as well
+        ({"inputs": 0.95, "depth": 1.0}, ["inputs"]),
+        ({"depth": 1.0}, ["depth"]),
+        ({"loss": 0.8, "head": 0.9}, ["head"]),
+    ],
+)
+def test_repairs_of_one_fault(levels, groups):
+    assert told(**levels) == groups

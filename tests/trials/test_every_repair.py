@@ -85,3 +85,60 @@ def test_a_far_rate_follows_the_nearer_one_where_that_did_no_harm(
     (near,) = (one for one in repairs() if one.name == far.follows)
     assert _is_next(arm(before), near, [])
     assert all(one.follows is None for some in combinations(repairs()) for one in some)
+
+
+LINEAR = {"w": jnp.asarray(RNG.normal(size=(4, 1)), jnp.float32)}
+CODED = np.column_stack([X[:, :3], np.arange(64) % 8]).astype(np.float32)
+JUMPS = (np.array([3.0, -2, 5, 0, -4, 1, 4, -1])[np.arange(64) % 8])[:, None]
+
+
+def linear(params, x):
+    return x @ params["w"]
+
+
+def one_layer_problem(optimizer):
+    return checked_problem(
+        linear,
+        lambda params, batch: jnp.mean((linear(params, batch[0]) - batch[1]) ** 2),
+        LINEAR,
+        (CODED, JUMPS.astype(np.float32)),
+        key=jax.random.key(0),
+        optimizer=optimizer,
+        batch_size=16,
+        num_steps=10,
+    )
+
+
+def test_columns_and_a_hidden_layer_are_not_made_together():
+    problem = one_layer_problem(optax.sgd(0.1))
+    found = every_repair(problem, suspected={}, skipped={})
+    groups = {one.group for one in found}
+    assert {"columns", "depth"} <= groups
+    for chosen in combinations(found):
+        assert {"columns", "depth"} - {one.group for one in chosen}
+        for one in chosen:  # and each set can be made
+            problem = problem if one.rewrite is None else one.rewrite(problem)
+
+
+def test_an_optimizer_that_holds_arrays_of_the_users_shapes():
+    mask = jax.tree.map(jnp.ones_like, LINEAR)
+    masked = optax.stateless(
+        lambda updates, _: jax.tree.map(jnp.multiply, updates, mask)
+    )
+    skipped = {}
+    problem = one_layer_problem(optax.chain(masked, optax.adam(0.1)))
+    found = every_repair(problem, suspected={}, skipped=skipped)
+    assert not {"columns", "depth"} & {
+        one.group for one in found if one.rewrite is not None
+    }
+    told = [reason for name, reason in skipped.items() if "hidden layer" in name]
+    assert len(told) == 1
+    assert "shape" in told[0]
+
+
+def test_an_optimizer_that_evaluates_the_loss_gets_longer_parameters():
+    skipped = {}
+    problem = one_layer_problem(optax.lbfgs())
+    found = every_repair(problem, suspected={}, skipped=skipped)
+    assert "depth" in {one.group for one in found}
+    assert not [name for name in skipped if "hidden layer" in name]

@@ -18,6 +18,9 @@ RMS_RANGE = (0.1, 10.0)
 """Healthy root mean square of a feature; initializers assume about 1."""
 MEAN_LIMIT = 5.0
 """Healthy |mean| in deviations; beyond it a feature looks constant to the network."""
+USUAL_RANGE = (0.25, 4.0)
+"""Root mean square within which it is a matter of choice to standardize: numbers
+between 0 and 1, or -1 and 1, are as healthy."""
 DISPARITY_LIMIT = 100.0
 """Healthy ratio of the largest deviation of a feature to the smallest."""
 DOUBLE_LIMIT = 0.05
@@ -75,6 +78,16 @@ def unstandardized(measured: Normalization, name: str) -> Finding:
     return _unnormalized(name, host, size)._replace(
         rule=f"normalization/unnormalized-{name}"
     )
+
+
+def is_usual(measured: Normalization) -> bool:
+    """Tells whether every feature is of a size that most networks learn from."""
+    host = jax.tree.map(np.atleast_1d, jax.device_get(measured))
+    varying = ~host.constant
+    rms, mean = host.root_mean_square[varying], host.moments.mean[varying]
+    deviation = _deviation(host.moments)[varying]
+    is_near = (rms >= USUAL_RANGE[0]) & (rms <= USUAL_RANGE[1])
+    return bool((is_near & (np.abs(mean) <= MEAN_LIMIT * deviation)).all())
 
 
 def _nonfinite(moments: Moments, rule: str, name: str) -> Sequence[Finding]:

@@ -23,7 +23,16 @@ from nnsanity.trials.repairs import Repair, available_repairs
 
 SHARED_GROUPS = ("columns", "inputs", "targets", "weights", "hidden", "merged", "depth")
 """Repairs that are harmless to make together, the most harmless first."""
-MEASURED = frozenset({"batch-size/too-large", "initialization/off-scale"})
+MEASURED = frozenset(
+    {
+        "batch-size/too-large",
+        "initialization/off-scale",
+        "normalization/unnormalized-inputs",
+        "normalization/scale-disparity",
+        "normalization/double-normalized",
+        "normalization/unnormalized-targets",
+    }
+)
 """Suspicions of what could be chosen otherwise that rest on a measured size."""
 
 

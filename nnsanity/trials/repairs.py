@@ -90,6 +90,9 @@ def _input_repairs(problem: Problem) -> tuple[Repair, ...]:
     if problem.tokens or not all(leaf.size for leaf in leaves):
         return ()
     shift, scale = standardizing(problem, problem.inputs)
+    measured = [
+        scales.normalization(leaf, groups=_groups(problem, leaf)) for leaf in leaves
+    ]
     return (
         Repair(
             "standardizing the inputs",
@@ -100,10 +103,8 @@ def _input_repairs(problem: Problem) -> tuple[Repair, ...]:
                 "normalization/scale-disparity",
                 "normalization/double-normalized",
             ),
-            normalization.unstandardized(
-                scales.normalization(leaves[0], groups=_groups(problem, leaves[0])),
-                "inputs",
-            ),
+            normalization.unstandardized(measured[0], "inputs"),
+            is_free=all(map(normalization.is_usual, measured)),
         ),
     )
 
@@ -147,6 +148,7 @@ def _target_repairs(problem: Problem) -> tuple[Repair, ...]:
             lambda copy, key: copy._replace(target_shift=shift, target_scale=scale),
             ("normalization/unnormalized-targets",),
             normalization.unstandardized(measured, "targets"),
+            is_free=normalization.is_usual(measured),
         ),
     )
 

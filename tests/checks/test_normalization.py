@@ -5,6 +5,7 @@ import pytest
 from sklearn.preprocessing import StandardScaler
 
 from nnsanity.checks.normalization import (
+    is_usual,
     judge_finite_targets,
     judge_inputs,
     judge_outliers,
@@ -204,6 +205,23 @@ def test_unstandardized_is_named_after_what_it_is_about():
     found = unstandardized(normalization(normal(3.0)), "targets")
     assert found.rule == "normalization/unnormalized-targets"
     assert found.measured == pytest.approx(np.sqrt((9 * NORMAL**2).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (normal(), True),
+        (np.abs(normal()), True),
+        (RNG.random((400, 3)).astype(np.float32), True),
+        (normal(0.1), False),
+        (normal(5.0), False),
+        (normal(0.1, 1.0), False),  # far from its deviation
+        (normal(np.array([1, 1, 1, 8.0])), False),
+        (normal(np.array([1, 1, 1, 0.0])), True),  # one is constant
+    ],
+)
+def test_what_is_standardized_by_choice(values, expected):
+    assert is_usual(normalization(values)) is expected
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,10 @@ def repairs(*rules):
         ("weights", ("initialization/off-scale",), False),
         ("rate", ("learning-rate/diverges",), True),
         ("loss", (), True),
-        ("inputs", (), False),
+        ("inputs", (), True),  # they are standardized
+        ("inputs", ("normalization/scale-disparity",), False),
+        ("targets", ("normalization/scale-disparity",), True),
+        ("targets", ("normalization/unnormalized-targets",), False),
         ("hidden", (), False),
     ],
 )

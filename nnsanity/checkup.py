@@ -92,8 +92,8 @@ def checkup(
     suspects on copies and trains those beside it: what a repair changes is a cause.
     Nothing that is given is changed.
 
-    Costs three trainings of ``num_steps`` for a network that learns, and ten to eighty
-    for one that does not; each as fast as a compiled loop runs.
+    Costs three trainings of ``num_steps`` for a network that learns, and dozens for one
+    that does not, some of them longer; each as fast as a compiled loop runs.
 
     Args:
         apply_fn: ``apply_fn(params, inputs) -> outputs``, in evaluation mode.

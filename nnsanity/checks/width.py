@@ -28,8 +28,7 @@ USUAL_UNITS = 256
 NARROW_SHARE = 4
 """How many times as many units the guideline has as a layer that is suspected."""
 FEW_UNITS = 4
-"""Units of a layer that is suspected whatever the task; even an exclusive or is learned
-from every start only by more."""
+"""Units of a layer that is suspected whatever the task; a wider copy tells."""
 WIDE_UNITS = 64
 """Fewest units of the wider copy that a suspected layer is compared with."""
 FULL_SHARE = 0.5

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from nnsanity._types import Array, Params
 from nnsanity.tracing.layers import Located, Network
 from nnsanity.tracing.steps import Site
-from nnsanity.tracing.widen import Part, born, nonlinearity, part_of, read_axis
+from nnsanity.tracing.widen import Part, adding, nonlinearity, part_of, read_axis
 
 
 class Deepening(NamedTuple):
@@ -85,34 +85,20 @@ class Deepening(NamedTuple):
         network: Network,
         added: Mapping[int, Array],
     ) -> Iterator[tuple[Site, Callable[[Array], Array]]]:
-        """Yields what makes a program run with the hidden layer.
-
-        Args:
-            found: the layers of the program by their names in the network alone.
-            network: of the program that runs.
-            added: as ``split`` returns.
-        """
+        """Yields what makes a program run with it, as ``Widening.writes`` does."""
         one = found[self.units.layer]
         num_inputs, num_units = self.inputs.size, self.units.size
-        entering: dict[str, Array] = {}
 
-        def keep(value: Array) -> Array:
-            entering["value"] = value
-            return value
-
-        def add(sums: Array) -> Array:
-            inputs = entering["value"]
+        def term(inputs: Array) -> Array:
             rows = inputs if read_axis(network, one) == 1 else inputs.T
             weight = added[self.units.leaf].astype(rows.dtype)
             bias = weight[num_inputs, num_units:]
             hidden = rows @ weight[:num_inputs, num_units:] + bias
             hidden = nonlinearity(self.activation)(hidden)
             more = hidden @ weight[num_inputs:, :num_units]
-            more = more if one.axes == (1,) else more.T
-            return sums + more.astype(sums.dtype)
+            return more if one.axes == (1,) else more.T
 
-        yield born(network, one.operand, self.units.layer), keep
-        yield network.site(one.start), add
+        return adding(network, one, {one.start: term})
 
 
 def deepening(network: Network, *, more: int) -> Deepening | None:
@@ -134,6 +120,6 @@ def deepening(network: Network, *, more: int) -> Deepening | None:
         return None
     units = part_of(network, one, of_units=True)
     inputs = part_of(network, one, of_units=False)
-    if units is None or inputs is None or len(avals[one.weight].shape) != 2:
+    if units is None or inputs is None:
         return None
     return Deepening(units, inputs, more)

@@ -123,15 +123,10 @@ class Widening(NamedTuple):
             added: as ``split`` returns.
         """
         narrow = found[self.units.layer]
-        entering: dict[str, Array] = {}
 
-        def keep(value: Array) -> Array:
-            entering["value"] = value
-            return value
-
-        def new_units() -> Array:
+        def new_units(entering: Array) -> Array:
             weight = added[self.units.leaf]
-            sums = _added_product(network, narrow, weight, entering["value"])
+            sums = _added_product(network, narrow, weight, entering)
             sums = sums.T if _is_turned(narrow) else sums
             if self.bias is not None:
                 shape = [1] * sums.ndim
@@ -139,15 +134,42 @@ class Widening(NamedTuple):
                 sums += added[self.bias.leaf].reshape(shape).astype(sums.dtype)
             return nonlinearity(self.activation)(sums)
 
-        def add(value: Array, reader: Located, weight: Array) -> Array:
-            more = _added_product(network, reader, weight, new_units())
-            return value + more.astype(value.dtype)
-
-        yield born(network, narrow.operand, self.units.layer), keep
-        for part in self.readers:
+        def read_by(part: Part, entering: Array) -> Array:
             reader, weight = found[part.layer], added[part.leaf]
-            add_to = functools.partial(add, reader=reader, weight=weight)
-            yield network.site(reader.start), add_to
+            return _added_product(network, reader, weight, new_units(entering))
+
+        return adding(
+            network,
+            narrow,
+            {
+                found[part.layer].start: functools.partial(read_by, part)
+                for part in self.readers
+            },
+        )
+
+
+def adding(
+    network: Network, one: Located, terms: Mapping[int, Callable[[Array], Array]]
+) -> Iterator[tuple[Site, Callable[[Array], Array]]]:
+    """Yields what adds to values of a program what is made of a layer's inputs.
+
+    Args:
+        network: of the program that runs.
+        one: the layer.
+        terms: by value, ``term(what enters the layer)``.
+    """
+    entering: dict[str, Array] = {}
+
+    def keep(value: Array) -> Array:
+        entering["value"] = value
+        return value
+
+    def add(term: Callable[[Array], Array], value: Array) -> Array:
+        return value + term(entering["value"]).astype(value.dtype)
+
+    yield network.site(one.operand), keep
+    for value, term in terms.items():
+        yield network.site(value), functools.partial(add, term)
 
 
 def widening(
@@ -346,14 +368,6 @@ def _parameter(steps: Steps, value: int) -> tuple[int, list[int]] | None:
     if site is None or len(site.path) != 1 or not steps.is_weight(value):
         return None
     return site.position, order
-
-
-def born(network: Network, value: int, layer: str) -> Site:
-    """Returns where the value that enters a layer is born."""
-    site = network.steps.sites[value]
-    if site is None:
-        raise ValueError(f"what enters {layer} is a constant")
-    return site
 
 
 def _added_product(

@@ -38,8 +38,6 @@ def batch_repairs(
             noisy or batch_size.wrong_size(given.batch_size, given.num_examples),
             is_suspected=True,
             rewrite=functools.partial(_with_batches, size=size),
-            times_as_long=_with_batches(problem, size=size).num_steps
-            / problem.num_steps,
             is_free=True,
         ),
     )

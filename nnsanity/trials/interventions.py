@@ -306,8 +306,9 @@ def _try_singles(
             continue
         began = time.monotonic()
         # A longer training has to fit, from all seeds.
-        more = len(lab.keys) * repair.times_as_long if repair.times_as_long > 1 else 0
-        if began + more * min(took, default=0.0) > lab.deadline:
+        longer = _trial_of(lab, (repair,)).num_steps / original.num_steps
+        least = min(took, default=0.0) * longer * len(lab.keys) if longer > 1 else 0.0
+        if began + least > lab.deadline:
             left_out.append(repair)
             continue
         arm = _train(lab, (repair,), FIRST_SEED)

@@ -1,7 +1,6 @@
 """A repair of trainings that end before much is learned."""
 
 from nnsanity.checks import learning_rate
-from nnsanity.checks.learning_rate import is_falling
 from nnsanity.trials.problem import Problem
 from nnsanity.trials.repairs import Repair
 from nnsanity.trials.trial import Outcome
@@ -27,7 +26,8 @@ def length_repairs(
         level: its quality.
         outcome: of its training.
     """
-    is_short = problem.num_steps <= FEW_STEPS or is_falling(outcome.losses)
+    is_falling = learning_rate.is_falling(outcome.losses)
+    is_short = problem.num_steps <= FEW_STEPS or is_falling
     if level >= LEARNED_LITTLE or not is_short:
         return ()
     num_steps = min(max(TIMES_AS_LONG * problem.num_steps, LEAST_STEPS), MOST_STEPS)
@@ -42,6 +42,5 @@ def length_repairs(
             learning_rate.stops_early(problem.num_steps),
             rewrite=lambda one: one._replace(num_steps=num_steps),
             is_free=True,
-            times_as_long=num_steps / problem.num_steps,
         ),
     )

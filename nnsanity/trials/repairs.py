@@ -52,7 +52,6 @@ class Repair(NamedTuple):
             that count where copies are compared; or None.
         is_free: whether a healthy program could have chosen otherwise, too, so that it
             has to bring more.
-        times_as_long: how long its copy trains, in units of the original.
         follows: name of the repair that has to be tried before, and be no worse than
             the original; or None.
     """
@@ -67,7 +66,6 @@ class Repair(NamedTuple):
     inputs: Callable[[Array], Array] | None = None
     targets: Callable[[Array], Array] | None = None
     is_free: bool = False
-    times_as_long: float = 1.0
     follows: str | None = None
 
 
